@@ -1,0 +1,221 @@
+"""One listing per run: how pages become a table, who lists, and how workers come by the table without listing."""
+
+import contextlib
+import fcntl
+import os
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from asyncds.errors import CacheError, ConfigurationError, EmptyDataset, TransferFailed
+from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, encode, predicate
+
+__all__ = ["Labeller", "Table", "list_prefix"]
+
+Labeller = Callable[[str], Label]
+_KEPT_S = 7 * 86400
+
+
+class Table:
+    """The manifest of one dataset: listed, filtered, cut and labelled once, then the same for every process of the run.
+
+    The first who needs it makes it, while holding a lock that the kernel releases when that process dies, and leaves it
+    in a file of this run; whoever was forked, or unpickled, before or after, maps that file. A complete listing is
+    also saved under its prefix, and serves later runs while it is younger than `max_age` seconds.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        make: Callable[[int | None, KeyFilter | None], Manifest] | None,
+        *,
+        manifest: Manifest | None = None,
+        max_age: float = 0,
+        match: KeyFilter | None = None,
+        limit: int | None = None,
+        label: Labeller | None = None,
+    ) -> None:
+        self._folder = folder
+        self._name = name
+        self._make = make
+        self._manifest = manifest
+        self._max_age = max_age
+        self._match = match
+        self._limit = limit
+        self._label = label
+        self.path = folder / f"run-{uuid4().hex}.manifest"
+        self.owner = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle as the place of this run's file: listing happens here, before workers start."""
+        self.publish()
+        return self.__dict__ | {"_manifest": None, "_make": None, "_match": None, "_label": None, "owner": 0}
+
+    def publish(self) -> None:
+        """Make sure that other processes of the run find the table."""
+        manifest = self.manifest()
+        if not self.path.exists():
+            try:
+                manifest.save(self.path)
+            except OSError as error:
+                raise CacheError(f"{self.path}: the table cannot be saved for workers ({error.strerror})") from None
+
+    def manifest(self) -> Manifest:
+        """Return the table, listing if nobody has. Raises `EmptyDataset` if nothing is left to train from."""
+        with _making:
+            if self._manifest is None:
+                self._manifest = self._shared() or self._made()
+            return self._manifest
+
+    @property
+    def known(self) -> bool:
+        """Whether this process has the table already."""
+        return self._manifest is not None
+
+    def _shared(self) -> Manifest | None:
+        if not self.path.exists():
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(self.path)
+        return Manifest.open(self.path, verify=False)
+
+    def _made(self) -> Manifest:
+        with _locked(self._saved.with_suffix(".lock")):
+            manifest = self._shared()
+            if manifest is None:
+                manifest = self._chosen()
+                with contextlib.suppress(OSError):
+                    manifest.save(self.path)
+                    _prune(self._folder)
+        return manifest
+
+    def _chosen(self) -> Manifest:
+        """List, or take the saved listing; then filter, cut and label."""
+        assert self._make is not None, "a pickled table has its file"
+        manifest = self._recent()
+        if manifest is not None:
+            manifest = manifest.select(self._match, self._limit)
+        elif self._limit is not None or self._match is not None:
+            manifest = self._make(self._limit, self._match)
+        else:
+            manifest = self._make(None, None)
+            with contextlib.suppress(OSError):
+                manifest.save(self._saved)
+        if not len(manifest):
+            raise EmptyDataset(_nothing(manifest))
+        return manifest if self._label is None else manifest.with_labels(self._label(info.key) for info in manifest)
+
+    @property
+    def _saved(self) -> Path:
+        name = blake2b(self._name.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        return self._folder / f"{name}.manifest"
+
+    def _recent(self) -> Manifest | None:
+        try:
+            age = time.time() - self._saved.stat().st_mtime
+            return Manifest.open(self._saved) if 0 <= age < self._max_age else None
+        except (OSError, ConfigurationError):
+            return None
+
+
+# Threads wait for each other here, processes for the lock of the file. One for all tables: a lock of each would have to
+# be left out of pickles, and a child that was forked while a thread listed must not wait for that thread.
+_making = threading.Lock()
+
+
+def _unlock_in_child() -> None:
+    global _making
+    _making = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_unlock_in_child)
+
+
+def _nothing(manifest: Manifest) -> str:
+    left_out = manifest.left_out
+    if left_out.get("filtered"):
+        return f"{manifest.source}: none of {left_out['filtered']:,} keys fits the filter; correct match"
+    markers = " but folder markers" if left_out.get("markers") else ""
+    return f"{manifest.source}: there is nothing{markers} under this prefix; check bucket, prefix and endpoint"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a POSIX lock, which ends with its process and which a forked child does not inherit; or none, where the
+    folder is gone: then each lists for itself."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _prune(folder: Path) -> None:
+    """Delete what runs left that were killed."""
+    for path in folder.glob("run-*.manifest"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _KEPT_S:
+                path.unlink()
+
+
+async def list_prefix(
+    pages: AsyncGenerator[Sequence[ObjectInfo], None],
+    *,
+    endpoint: str,
+    bucket: str,
+    prefix: str,
+    match: KeyFilter | None = None,
+    limit: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Manifest:
+    """Read the pages of a listing into a table in UTF-8 order of keys, complete or not at all.
+
+    Keys that end in `/` mark folders and hold no data; they and those that `match` leaves out are counted. With
+    `limit`, listing ends as soon as so many fit. `progress` is called after each page with its number of keys. Raises
+    `TransferFailed` where the listing contradicts itself.
+    """
+    source = f"s3://{bucket}/{prefix}"
+    fits, builder, left_out = predicate(match), ManifestBuilder(bucket), {"markers": 0, "filtered": 0}
+    ordered, previous = True, None
+    async with contextlib.aclosing(pages):
+        async for page in pages:
+            for info in page:
+                if not info.key.startswith(prefix):
+                    raise TransferFailed(f"listing {source}: the store returned {info.key!r}, which is elsewhere")
+                if info.key.endswith("/"):
+                    left_out["markers"] += 1
+                elif not fits(info.key):
+                    left_out["filtered"] += 1
+                elif info != previous and (limit is None or len(builder) < limit):
+                    builder.add(info)
+                    ordered = ordered and (previous is None or encode(info.key) > encode(previous.key))
+                    previous = info
+            if progress is not None:
+                progress(len(page))
+            if len(builder) == limit:
+                break
+    manifest = builder.build(endpoint=endpoint, source=source, left_out=left_out)
+    return manifest if ordered else _in_order(manifest)
+
+
+def _in_order(manifest: Manifest) -> Manifest:
+    """The same rows sorted; a row that pages repeated counts once, if they agree about it."""
+    builder, previous = ManifestBuilder(), None
+    for info in sorted(manifest, key=lambda info: encode(info.key)):
+        if previous is not None and info.key == previous.key:
+            if info != previous:
+                raise TransferFailed(f"listing {manifest.source}: {info.key!r} is there twice, with different ETags")
+            continue
+        builder.add(info)
+        previous = info
+    return builder.build(endpoint=manifest.endpoint, source=manifest.source, left_out=manifest.left_out)

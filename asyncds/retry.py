@@ -1,0 +1,87 @@
+"""One attempt loop for all that is asked of a store: full jitter, a deadline, an error that tells the story."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import dataclass
+from random import SystemRandom
+from typing import TypeVar
+
+from asyncds.errors import AsyncdsError, DeadlineExceeded, EndpointUnreachable
+
+__all__ = ["Retry"]
+
+T = TypeVar("T")
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.5
+
+
+_jitter = SystemRandom()  # never the global generator: it belongs to the user's transforms
+
+
+def pause(attempt: int) -> float:
+    """Seconds to wait after the `attempt`-th failure: full jitter, as in AWS's "Exponential Backoff And Jitter"."""
+    return _jitter.uniform(0, min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(attempt, 16)))
+
+
+@dataclass
+class Retry:
+    """Repeats what fails transiently, at most `retries` times and within `deadline` seconds.
+
+    The clock runs during attempts and pauses, not while an attempt waits for its slot: a long queue is no fault of
+    the object that stands in it. An endpoint that has never answered is given up after `first_contact` seconds.
+    Used from one event loop at a time.
+    """
+
+    retries: int
+    deadline: float
+    first_contact: float
+    reached: bool = False
+    on_retry: Callable[[], object] | None = None
+
+    async def __call__(
+        self,
+        attempt: Callable[[], Awaitable[T]],
+        what: str,
+        slots: AbstractAsyncContextManager[object] = nullcontext(),  # noqa: B008 - stateless
+    ) -> T:
+        """Return the first success of `attempt()`, each made while holding `slots`.
+
+        Raises the last error with attempts, seconds and remedy in its message, or `DeadlineExceeded`. Cancelling the
+        call cancels the attempt and waits for it.
+        """
+        spent, tries, last = 0.0, 0, ""
+        while True:
+            tries += 1
+            async with slots:
+                started = time.monotonic()
+                try:
+                    async with asyncio.timeout(self.deadline - spent) as clock:
+                        result = await attempt()
+                    self.reached = True
+                    return result
+                except TimeoutError as error:
+                    if isinstance(error, AsyncdsError) or not clock.expired():
+                        raise
+                    story = f"{what}: no complete answer within {self.deadline:g} s in {tries} attempts"
+                    raise DeadlineExceeded(f"{story}{last}; raise ASYNCDS_DEADLINE if that is expected") from None
+                except AsyncdsError as error:
+                    failure = error
+                spent += time.monotonic() - started
+            self.reached = self.reached or not isinstance(failure, EndpointUnreachable)
+            delay = pause(tries)
+            limit = self.deadline if self.reached else min(self.deadline, self.first_contact)
+            if not failure.transient or tries > self.retries or spent + delay > limit:
+                raise _told(failure, tries, spent) from failure
+            last = f", the last one: {failure}"
+            if self.on_retry is not None:
+                self.on_retry()
+            await asyncio.sleep(delay)
+            spent += delay
+
+
+def _told(error: AsyncdsError, tries: int, spent: float) -> AsyncdsError:
+    story = f" after {tries} attempts in {spent:.1f} s" if tries > 1 else ""
+    return type(error)(f"{error}{story}{'; ' if error.remedy else ''}{error.remedy}")

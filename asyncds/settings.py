@@ -1,0 +1,187 @@
+"""Every knob, its one default, and where its value may come from: arguments > environment > `.env` file > default."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import platformdirs
+from annotated_types import Ge, Gt, Le
+from pydantic import (
+    AliasChoices,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from asyncds.errors import ConfigurationError
+
+__all__ = ["Options", "Settings"]
+
+# Credentials that belong together: all of them come from the place that names the first, or a session token of the
+# `.env` file would travel with the keys of the environment.
+_CREDENTIALS = (
+    ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+    ("MINIO_ACCESS_KEY", "MINIO_SECRET_KEY"),
+)
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+
+
+def _size(value: object) -> object:
+    """`"50GB"` and `5e10` as bytes, an int; `"50%"` and `0.5` as a share of the disk, a float up to 1."""
+    text = str(value).strip()
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    if text.endswith("%") or 0 < share < 1:
+        if not 0 < share <= 1:
+            raise ValueError("a share of the disk lies above 0% and up to 100%")
+        return share
+    if not math.isfinite(share):
+        raise ValueError("not a size")
+    return int(share)
+
+
+def _directory(value: object) -> Path:
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError("not a path")
+    return Path(value).expanduser().absolute()
+
+
+class Options(TypedDict):
+    """The settings that constructors accept by keyword; `Settings` says what each means and what it is by default."""
+
+    concurrency: NotRequired[int | str]
+    cache_dir: NotRequired[str | Path]
+    cache_size: NotRequired[int | float | str | None]
+    timeout: NotRequired[float]
+    deadline: NotRequired[float]
+    first_contact: NotRequired[float]
+    retries: NotRequired[int]
+    manifest_max_age: NotRequired[float]
+    env_file: NotRequired[str | Path | None]
+
+
+class Settings(BaseSettings):
+    """One frozen, validated set of values. Unknown variables are ignored, secrets masked in `repr` and never pickled.
+
+    `os.environ` and the `.env` file of the working directory (or `env_file`) are read once, when an instance is made;
+    neither is ever written. An unpickled instance has the same values, and the secrets of the process it is in.
+
+    Raises `ConfigurationError`, in one line that names the variable or argument, its value and what is allowed.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="ASYNCDS_", env_ignore_empty=True, extra="ignore", frozen=True, populate_by_name=True
+    )
+
+    concurrency: int = Field(128, ge=1, le=4096, description="requests in flight per rank, shared out over its workers")
+    cache_dir: Annotated[Path, BeforeValidator(_directory)] = Field(
+        default_factory=platformdirs.user_cache_path,
+        description="directory in which asyncds makes its own folder, `asyncds`",
+    )
+    cache_size: Annotated[int | float, BeforeValidator(_size), Gt(0)] | None = Field(
+        None,
+        description="limit of the cache, such as 50GB or 30% of the disk; by default all but 5 % of the disk",
+    )
+    timeout: float = Field(10.0, gt=0, le=3600, description="seconds without progress that end an attempt")
+    deadline: float = Field(60.0, gt=0, le=86400, description="seconds for one object, with its retries")
+    first_contact: float = Field(5.0, gt=0, le=3600, description="seconds for an endpoint to answer for the first time")
+    retries: int = Field(50, ge=0, le=1000, description="further attempts for one object, within its deadline")
+    manifest_max_age: float = Field(
+        0.0, ge=0, le=1e9, description="seconds for which a saved listing is used instead of a new one"
+    )
+
+    endpoint_s3: str | None = Field(None, validation_alias=_ENDPOINTS[0])
+    endpoint: str | None = Field(None, validation_alias=_ENDPOINTS[1])
+    region: str | None = Field(None, validation_alias=AliasChoices("AWS_REGION", "AWS_DEFAULT_REGION"))
+    profile: str | None = Field(None, validation_alias="AWS_PROFILE")
+    access_key: SecretStr | None = Field(None, validation_alias="AWS_ACCESS_KEY_ID")
+    secret_key: SecretStr | None = Field(None, validation_alias="AWS_SECRET_ACCESS_KEY")
+    session_token: SecretStr | None = Field(None, validation_alias="AWS_SESSION_TOKEN")
+    minio_url: str | None = Field(None, validation_alias="MINIO_URL")
+    minio_access_key: SecretStr | None = Field(None, validation_alias="MINIO_ACCESS_KEY")
+    minio_secret_key: SecretStr | None = Field(None, validation_alias="MINIO_SECRET_KEY")
+    minio_secure: bool = Field(True, validation_alias="MINIO_SECURE")
+
+    _dotenv: str | Path | None = PrivateAttr(None)
+
+    def __init__(self, *, env_file: str | Path | None = ".env", **values: Any) -> None:
+        unknown = values.keys() - type(self).model_fields.keys()
+        if unknown:
+            allowed = ", ".join(sorted(Options.__annotations__))
+            raise ConfigurationError(f"no setting is called {min(unknown)!r}; there are {allowed}")
+        try:
+            super().__init__(_env_file=env_file, **values)
+        except ValidationError as error:
+            raise ConfigurationError(_explain(type(self).model_fields, values, error)) from None
+        self._dotenv = None if env_file is None else Path(env_file).absolute()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        environment, file = env_settings(), dotenv_settings()
+        for strong, weak in ((environment, file), (file, environment)):
+            for name in (name for family in _CREDENTIALS if family[0] in strong for name in family):
+                weak.pop(name, None)
+        if environment.keys() & set(_ENDPOINTS):
+            file = {name: value for name, value in file.items() if name not in _ENDPOINTS}
+        layers = (InitSettingsSource(settings_cls, init_kwargs=values) for values in (environment, file))
+        return init_settings, *layers
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {name: value for name, value in self if not isinstance(value, SecretStr)}
+        return _rebuild, (values | {"env_file": self._dotenv},)
+
+    def with_defaults(self, **values: Any) -> "Settings":
+        """Return a copy in which `values` replace what neither arguments nor environment have set."""
+        return self.model_copy(update={name: v for name, v in values.items() if name not in self.model_fields_set})
+
+
+def _rebuild(values: dict[str, Any]) -> Settings:
+    return Settings(**values)
+
+
+def _explain(fields: dict[str, FieldInfo], arguments: dict[str, Any], error: ValidationError) -> str:
+    """The first thing wrong, as `NAME=value: what is allowed`."""
+    first = error.errors(include_url=False)[0]
+    location = str(first["loc"][0])
+    name = next((n for n, field in fields.items() if location in (n, *_variables(n, field))), location)
+    field = fields[name]
+    where = name if name in arguments else _variables(name, field)[0]
+    value = "***" if "SecretStr" in str(field.annotation) else repr(first["input"])
+    return f"{where}={value}: {_allowed(field)}"
+
+
+def _variables(name: str, field: FieldInfo) -> list[str]:
+    """The names of the environment variables that set a field, the strongest first."""
+    alias = field.validation_alias
+    if isinstance(alias, AliasChoices):
+        return [str(choice) for choice in alias.choices]
+    return [str(alias)] if alias else [f"ASYNCDS_{name.upper()}"]
+
+
+def _allowed(field: FieldInfo) -> str:
+    bounds = {type(constraint): constraint for constraint in field.metadata}
+    low = bounds.get(Ge) or bounds.get(Gt)
+    if isinstance(low, Ge | Gt) and isinstance(high := bounds.get(Le), Le):
+        kind = "a whole number" if field.annotation is int else "a number"
+        start = f"from {low.ge}" if isinstance(low, Ge) else f"above {low.gt}"
+        return f"must be {kind} {start} to {high.le:g} ({field.description})"
+    if field.annotation is bool:
+        return "must be true or false"
+    if field.description and "limit" in field.description:
+        return 'must be bytes with a unit, such as "50GB", or a share of the disk, such as "50%"'
+    return "must be a directory" if field.annotation is Path else "must be a text"

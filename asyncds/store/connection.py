@@ -1,0 +1,179 @@
+"""Which endpoint, which region, whose credentials: a pure decision from settings and arguments."""
+
+import ipaddress
+import warnings
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import SecretStr
+
+from asyncds.errors import ConfigurationError
+from asyncds.settings import Settings
+
+__all__ = ["Connection"]
+
+_AWS = "https://s3.amazonaws.com"
+_PRIVATE_SUFFIXES = (".local", ".localhost", ".internal", ".lan", ".home.arpa", ".cluster.local", ".svc")
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Everything that a client is made from. `AWS_*` and `MINIO_*` are families: AWS comes first, and keys of one are
+    never sent to the endpoint of the other.
+
+    `endpoint` None means AWS itself; without keys the provider chain of botocore decides (profile, instance role,
+    web identity, SSO), except for a MinIO without keys, which is read anonymously.
+    """
+
+    family: Literal["AWS", "MINIO"]
+    endpoint: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    access_key: str | None = field(default=None, repr=False)
+    secret_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+    unsigned: bool = False
+    path_style: bool | None = None
+    hint: str = ""
+
+    @classmethod
+    def resolve(
+        cls,
+        settings: Settings,
+        *,
+        endpoint: str | None = None,
+        region: str | None = None,
+        unsigned: bool = False,
+        path_style: bool | None = None,
+        profile: str | None = None,
+        own_session: bool = False,
+    ) -> "Connection":
+        """Decide. A `profile` that is given here comes before keys of the environment; with `own_session` the caller
+        brings a session, and its credentials count.
+
+        Raises `ConfigurationError` for an endpoint with a missing or superfluous scheme, or half a pair of keys.
+        """
+        if profile is not None:
+            keys = dict.fromkeys(("access_key", "secret_key", "session_token"))
+            settings = settings.model_copy(update=keys | {"profile": profile})
+        family, url = _family(settings, None if endpoint is None else _checked(endpoint, "endpoint"))
+        _warn_of_plain_http(url)
+        access, secret, token = (None, None, None) if own_session else _keys(settings, family)
+        if (access is None) != (secret is None):
+            names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+            names = names if family == "AWS" else ("MINIO_ACCESS_KEY", "MINIO_SECRET_KEY")
+            raise ConfigurationError(f"{names[access is not None]} is missing: {names[access is None]} needs it")
+        return cls(
+            family=family,
+            endpoint=url,
+            region=region or settings.region,
+            profile=settings.profile if family == "AWS" else None,
+            access_key=None if unsigned else access,
+            secret_key=None if unsigned else secret,
+            session_token=None if unsigned else token,
+            unsigned=unsigned or (family == "MINIO" and access is None),
+            path_style=path_style if path_style is not None else url is not None or None,
+            hint=_hint(settings, family, url),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        keys = ("access_key", "secret_key", "session_token")
+        return _restored, ({f.name: getattr(self, f.name) for f in fields(self) if f.name not in keys},)
+
+    @property
+    def identity(self) -> str:
+        """What the cache calls this store. All of AWS is one: its bucket names are unique."""
+        if self.endpoint is None:
+            return _AWS
+        parts = urlsplit(self.endpoint)
+        if (parts.hostname or "").endswith(".amazonaws.com"):
+            return _AWS
+        return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}"
+
+
+def _restored(values: dict[str, Any]) -> Connection:
+    """A connection from a pickle, with the keys of its family that this process has."""
+    connection = Connection(**values)
+    if connection.unsigned or connection.profile is not None:
+        return connection
+    access, secret, token = _keys(Settings(), connection.family)
+    return replace(connection, access_key=access, secret_key=secret, session_token=token)
+
+
+def _keys(settings: Settings, family: str) -> tuple[str | None, str | None, str | None]:
+    aws = (settings.access_key, settings.secret_key, settings.session_token)
+    minio = (settings.minio_access_key, settings.minio_secret_key, None)
+    access, secret, token = map(_reveal, aws if family == "AWS" else minio)
+    return access, secret, token
+
+
+def _family(settings: Settings, endpoint: str | None) -> tuple[Literal["AWS", "MINIO"], str | None]:
+    """The family whose credentials are used, and the endpoint they are sent to."""
+    aws_named = bool(settings.access_key or settings.profile)
+    named = settings.endpoint_s3 or settings.endpoint
+    if endpoint is None and named:
+        return "AWS", _checked(named, "AWS_ENDPOINT_URL_S3" if settings.endpoint_s3 else "AWS_ENDPOINT_URL")
+    if endpoint is None:
+        return ("MINIO", _minio_endpoint(settings)) if settings.minio_url and not aws_named else ("AWS", None)
+    if named and named.rstrip("/") == endpoint:
+        return "AWS", endpoint
+    if settings.minio_url:
+        return ("MINIO" if _minio_endpoint(settings) == endpoint else "AWS"), endpoint
+    return ("MINIO" if settings.minio_access_key and not aws_named else "AWS"), endpoint
+
+
+def _checked(url: str, name: str) -> str:
+    if "@" in url:
+        raise ConfigurationError(f"{name} must hold no user name or password: use the variables for keys instead")
+    try:
+        parts = urlsplit(url)
+        complete = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:
+        complete = False
+    if not complete:
+        bare = url.rpartition("://")[2].removeprefix("//")
+        scheme = "http" if _is_private(bare.partition("/")[0].rpartition(":")[0] or bare) else "https"
+        raise ConfigurationError(f"{name}={url!r} is no http:// or https:// URL: write {scheme}://{bare}")
+    return url.rstrip("/")
+
+
+def _minio_endpoint(settings: Settings) -> str:
+    url = settings.minio_url or ""
+    if "@" in url:
+        return _checked(url, "MINIO_URL")
+    if "://" in url:
+        scheme, _, bare = url.partition("://")
+        secure = str(scheme == "https").lower()
+        raise ConfigurationError(
+            f"MINIO_URL={url!r} must be host:port without a scheme: write MINIO_URL={bare.rstrip('/')} "
+            f"and MINIO_SECURE={secure}"
+        )
+    return _checked(f"{'https' if settings.minio_secure else 'http'}://{url}", "MINIO_URL")
+
+
+def _hint(settings: Settings, family: str, endpoint: str | None) -> str:
+    if family == "AWS" and endpoint is None and settings.minio_url:
+        return (
+            "MINIO_URL is not used, because AWS_ACCESS_KEY_ID or AWS_PROFILE is set: set AWS_ENDPOINT_URL or unset it"
+        )
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    return "check {} and {}".format(*(names if family == "AWS" else ("MINIO_ACCESS_KEY", "MINIO_SECRET_KEY")))
+
+
+def _reveal(secret: SecretStr | None) -> str | None:
+    return secret.get_secret_value() if secret is not None else None
+
+
+def _is_private(host: str) -> bool:
+    """Whether plain HTTP to this host stays inside: loopback and private addresses, and names that are not public."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_private
+    except ValueError:
+        return "." not in host or host.endswith(_PRIVATE_SUFFIXES)
+
+
+def _warn_of_plain_http(url: str | None) -> None:
+    parts = urlsplit(url or "")
+    if parts.scheme == "http" and not _is_private(parts.hostname or ""):
+        warnings.warn(f"{url} is plain http to a public host: data can be read and changed on the way", stacklevel=2)

@@ -1,0 +1,186 @@
+"""The lean lane: repeat the GET that botocore prepared, with another key and a fresh signature, without botocore.
+
+aiobotocore spends most of a small GET's CPU on resolving, signing and parsing what is the same for every object of a
+bucket. This lane learns the request from the first one that goes out on the full lane, proves that it can reproduce
+botocore's own signature of it, and from then on builds the request itself. What it does not understand (`wire`) is left
+to the full lane, which explains it.
+"""
+
+import base64
+import hashlib
+import hmac
+import ssl
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from asyncds.store.wire import Answer, BrokenConnection, Pool
+
+__all__ = ["Credentials", "LeanLane", "Template"]
+
+_NOT_REPEATED = {"authorization", "x-amz-date", "x-amz-security-token", "if-match", "host"}
+_ALGORITHM = "AWS4-HMAC-SHA256"
+_CHECKSUMS: dict[bytes, Callable[[bytes], bytes]] = {
+    b"x-amz-checksum-crc32": lambda body: zlib.crc32(body).to_bytes(4, "big"),
+    b"x-amz-checksum-sha1": lambda body: hashlib.sha1(body, usedforsecurity=False).digest(),
+    b"x-amz-checksum-sha256": lambda body: hashlib.sha256(body).digest(),
+}
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What signs a request."""
+
+    access_key: str
+    secret_key: str
+    token: str | None
+
+
+class Template:
+    """A GET of one bucket, as botocore prepared it, minus the key, the date and the signature."""
+
+    def __init__(self, url: str, key: str, headers: dict[str, str]) -> None:
+        parts = urlsplit(url)
+        quoted = quote(key, safe="/~")
+        if not parts.path.endswith(quoted) or parts.query or not parts.hostname:
+            raise ValueError("the URL does not end in the key")
+        self.secure = parts.scheme == "https"
+        self.place = parts.hostname, parts.port or (443 if self.secure else 80)
+        self._folder = parts.path.removesuffix(quoted)
+        self._host = parts.netloc
+        self._constant = {
+            name: value
+            for name, value in headers.items()
+            if name not in _NOT_REPEATED and not name.startswith("amz-sdk-")
+        }
+        self._agent = self._constant.pop("user-agent", "asyncds")
+        scope = headers.get("authorization", "")
+        self._signs = bool(scope)
+        if self._signs:
+            credential = scope.removeprefix(_ALGORITHM + " Credential=").partition(",")[0]
+            _, _, self._region, self._service, _ = credential.rsplit("/", 4)
+        self._day = ""
+        self._day_of: Credentials | None = None
+        self._signing_key = b""
+
+    def request(self, key: str, etag: str | None, credentials: Credentials | None, stamp: str) -> bytes:
+        """Return the bytes of a GET. `stamp` is the time as `20261231T235959Z`.
+
+        SigV4 as in AWS's "Signature Version 4 signing process"; what botocore leaves unsigned is so here.
+        """
+        path = self._folder + quote(key, safe="/~")
+        headers = dict(self._constant)
+        if etag is not None and etag.isascii() and etag.isprintable():  # a shortcut only: the answer's ETag is compared
+            headers["if-match"] = f'"{etag}"'
+        if self._signs and credentials is not None:
+            headers["x-amz-date"] = stamp
+            if credentials.token:
+                headers["x-amz-security-token"] = credentials.token
+            headers["authorization"] = self._authorization(path, headers, credentials)
+        headers |= {"host": self._host, "user-agent": self._agent, "accept-encoding": "identity"}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        return f"GET {path} HTTP/1.1\r\n{lines}\r\n".encode()
+
+    def _authorization(self, path: str, headers: dict[str, str], credentials: Credentials) -> str:
+        names, signature, scope = self.sign(path, headers, credentials)
+        return f"{_ALGORITHM} Credential={credentials.access_key}/{scope}, SignedHeaders={names}, Signature={signature}"
+
+    def sign(self, path: str, headers: dict[str, str], credentials: Credentials) -> tuple[str, str, str]:
+        """Return the signed headers' names, the signature and the scope of a GET with these headers."""
+        signed = sorted({**headers, "host": self._host}.items())
+        names = ";".join(name for name, _ in signed)
+        lines = "".join(f"{name}:{value}\n" for name, value in signed)
+        canonical = f"GET\n{path}\n\n{lines}\n{names}\n{headers['x-amz-content-sha256']}"
+        stamp = headers["x-amz-date"]
+        scope = f"{stamp[:8]}/{self._region}/{self._service}/aws4_request"
+        hashed = hashlib.sha256(canonical.encode()).hexdigest()
+        text = f"{_ALGORITHM}\n{stamp}\n{scope}\n{hashed}"
+        key = self._key_of_the_day(stamp[:8], credentials)
+        return names, hmac.new(key, text.encode(), hashlib.sha256).hexdigest(), scope
+
+    def _key_of_the_day(self, day: str, credentials: Credentials) -> bytes:
+        if (day, credentials) != (self._day, self._day_of):
+            key = ("AWS4" + credentials.secret_key).encode()
+            for part in (day, self._region, self._service, "aws4_request"):
+                key = hmac.digest(key, part.encode(), "sha256")
+            self._day, self._day_of, self._signing_key = day, credentials, key
+        return self._signing_key
+
+    def reproduces(self, headers: dict[str, str], path: str, credentials: Credentials | None) -> bool:
+        """Whether signing the learnt request anew gives botocore's signature: if not, this lane must not be used."""
+        if not self._signs:
+            return True
+        if credentials is None or "x-amz-content-sha256" not in headers:
+            return False
+        theirs = headers["authorization"]
+        names = theirs.partition("SignedHeaders=")[2].partition(",")[0].split(";")
+        signed = {name: headers[name] for name in names if name != "host"}
+        ours, signature, _ = self.sign(path, signed, credentials)
+        return ours == ";".join(names) and theirs.endswith(f"Signature={signature}")
+
+
+class LeanLane:
+    """A template and a pool of connections for each bucket. Lives on one event loop."""
+
+    def __init__(self, *, timeout: float, tls: ssl.SSLContext) -> None:
+        self._timeout = timeout
+        self._tls = tls
+        self._templates: dict[str, Template] = {}
+        self._pools: dict[tuple[str, int], Pool] = {}
+        self._stamp = (0, "")
+
+    def learn(self, bucket: str, key: str, request: Any, credentials: Credentials | None) -> None:
+        """Take botocore's prepared and signed GET as the bucket's template, if it can be reproduced exactly."""
+        headers = {name.lower(): _text(value) for name, value in request.headers.items()}
+        self._templates.pop(bucket, None)
+        try:
+            template = Template(request.url, key, headers)
+            if template.reproduces(headers, urlsplit(request.url).path, credentials):
+                self._templates[bucket] = template
+        except (ValueError, KeyError):
+            pass  # SigV4a, S3 Express, a query: the full lane serves this bucket
+
+    def knows(self, bucket: str) -> bool:
+        """Whether a request for an object of this bucket can be made here."""
+        return bucket in self._templates
+
+    async def get(
+        self, bucket: str, key: str, etag: str | None, size: int | None, credentials: Credentials | None
+    ) -> Answer:
+        """Send one GET, and return the answer; see `Pool.get` for errors. A body that fails its checksum is one."""
+        template = self._templates[bucket]
+        pool = self._pools.get(template.place)
+        if pool is None:
+            tls = self._tls if template.secure else None
+            pool = self._pools[template.place] = Pool(*template.place, timeout=self._timeout, tls=tls)
+        answer = await pool.get(template.request(key, etag, credentials, self._now()), size)
+        if answer.whole and not _matches_checksum(answer):
+            raise BrokenConnection("the body does not match its checksum")
+        return answer
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        for pool in self._pools.values():
+            await pool.aclose()
+
+    def _now(self) -> str:
+        second = int(time.time())
+        if second != self._stamp[0]:
+            self._stamp = second, time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(second))
+        return self._stamp[1]
+
+
+def _matches_checksum(answer: Answer) -> bool:
+    """Compare the checksum that the server sent along, if it is one of a whole object that Python can compute."""
+    for name, compute in _CHECKSUMS.items():
+        expected = answer.headers.get(name)
+        if expected is not None and b"-" not in expected:
+            return compute(answer.body) == base64.b64decode(expected)
+    return True
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,337 @@
+"""S3 and what speaks its language, through aiobotocore: the only code that sends requests."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import aiohttp
+from botocore.httpsession import get_cert_path
+from botocore.utils import get_environ_proxies
+
+from asyncds.errors import ConfigurationError, ObjectChanged, StoreError, TransferFailed
+from asyncds.manifest import ObjectInfo, normalise_etag
+from asyncds.retry import Retry
+from asyncds.store.connection import Connection
+from asyncds.store.lean import Credentials, LeanLane
+from asyncds.store.translate import status_error, translate
+
+__all__ = ["S3Store"]
+
+_CHUNK = 1 << 20
+_now_fetching: ContextVar[ObjectInfo | None] = ContextVar("_now_fetching", default=None)
+
+
+class S3Store:
+    """An `ObjectStore` on S3, MinIO and their like.
+
+    Made anywhere; its client, connections and credentials come to life on the event loop that first uses it, and
+    belong to that loop until `aclose()`, so that it can be forked. Pickles without keys: those of the environment count
+    where it is unpickled. `session_factory` is a picklable callable that returns an `aioboto3.Session`
+    or an aiobotocore session, which then brings the credentials. Listing and `head` are retried by `retry`; `get` is
+    one attempt. `lanes` counts the objects that each lane brought.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        concurrency: int,
+        timeout: float,
+        retry: Retry,
+        session_factory: Callable[[], Any] | None = None,
+    ) -> None:
+        self.connection = connection
+        self.lanes = {"lean": 0, "full": 0}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._concurrency = concurrency
+        self._timeout = timeout
+        self._retry = retry
+        self._session_factory = session_factory
+        self._opening = asyncio.Lock()
+        self._client: Any = None
+        self._context: Any = None
+        self._lane: LeanLane | None = None
+        self._learning: dict[str, asyncio.Event] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        options = (self._concurrency, self._timeout, replace(self._retry, on_retry=None), self._session_factory)
+        return _rebuild, (self.connection, *options)
+
+    def __repr__(self) -> str:
+        return f"<S3Store {self.endpoint}: {self.lanes['lean']} lean and {self.lanes['full']} full GETs>"
+
+    @property
+    def endpoint(self) -> str:
+        """The endpoint's identity; all of AWS is one."""
+        return self.connection.identity
+
+    # the three methods of an ObjectStore
+
+    async def list(self, bucket: str, prefix: str) -> AsyncGenerator[Sequence[ObjectInfo], None]:
+        """Yield pages of up to 1,000 objects, each page retried within the deadline."""
+        what = f"listing s3://{bucket}/{prefix}"
+        client = await self._opened(what)
+        arguments = {"Bucket": bucket, "Prefix": prefix}
+        while True:
+            page = await self._retry(partial(self._page, client, arguments, what), what)
+            yield [
+                ObjectInfo(bucket, entry["Key"], entry["Size"], normalise_etag(entry.get("ETag")))
+                for entry in page.get("Contents", ())
+            ]
+            token = page.get("NextContinuationToken")
+            if not page.get("IsTruncated"):
+                return
+            if not token or token == arguments.get("ContinuationToken"):
+                raise TransferFailed(f"{what}: the store says that there is more, and not where it goes on")
+            arguments = arguments | {"ContinuationToken": token}
+
+    async def get(self, info: ObjectInfo) -> tuple[ObjectInfo, bytes]:
+        """Make one attempt to read the object; see `ObjectStore.get`."""
+        await self._opened(info.uri)
+        await self._turn_to_learn(info.bucket)
+        if self._lane is not None and self._lane.knows(info.bucket):
+            answer = await self._lean(self._lane, info)
+            if answer is not None:
+                return answer
+        return await self._full(info)
+
+    async def head(self, bucket: str, key: str) -> ObjectInfo:
+        """Return size and ETag of an object. Raises `ObjectNotFound`, also where the bucket is missing."""
+        info = ObjectInfo(bucket, key)
+        client = await self._opened(info.uri)
+        arguments = {"Bucket": bucket, "Key": key}
+        answer = await self._retry(lambda: self._asked(client.head_object, arguments, info.uri), info.uri)
+        return ObjectInfo(bucket, key, answer["ContentLength"], normalise_etag(answer.get("ETag")))
+
+    async def aclose(self) -> None:
+        """Close all connections. The store can be used again after that, also on another loop."""
+        context, lane, self._client, self._context, self._lane = self._context, self._lane, None, None, None
+        self._loop = None
+        if lane is not None:
+            await lane.aclose()
+        if context is not None:
+            await context.__aexit__(None, None, None)
+
+    # the two lanes
+
+    async def _lean(self, lane: LeanLane, info: ObjectInfo) -> tuple[ObjectInfo, bytes] | None:
+        """One GET on the lean lane, or None where the full lane has to look at what is the matter."""
+        try:
+            credentials = await self._credentials()
+            answer = await lane.get(info.bucket, info.key, info.etag, info.size, credentials)
+        except Exception as error:
+            raise translate(error, info.uri, self.connection.hint) from error
+        if answer.whole:
+            self.lanes["lean"] += 1
+            etag = answer.headers.get(b"etag", b"").decode("latin-1")
+            return ObjectInfo(info.bucket, info.key, len(answer.body), normalise_etag(etag)), answer.body
+        if answer.status == 429 or answer.status >= 500:
+            raise status_error(answer.status, "", info.uri)
+        return None
+
+    async def _full(self, info: ObjectInfo) -> tuple[ObjectInfo, bytes]:
+        arguments = {"Bucket": info.bucket, "Key": info.key}
+        if info.etag is not None:
+            arguments["IfMatch"] = f'"{info.etag}"'
+        reset = _now_fetching.set(info)
+        try:
+            answer = await self._client.get_object(**arguments)
+            served = normalise_etag(answer.get("ETag"))
+            if served is None:
+                raise TransferFailed(f"{info.uri}: the answer has no ETag: it does not come from S3")
+            if info.etag is not None and served != info.etag:
+                raise ObjectChanged(f"{info.uri}: its ETag is {served}, not {info.etag}")
+            stream = answer["Body"]
+            async with stream:
+                body = await self._read(stream, info, answer)
+        except Exception as error:
+            raise translate(error, info.uri, self.connection.hint) from error
+        finally:
+            _now_fetching.reset(reset)
+            self._let_others_go(info.bucket)
+        self.lanes["full"] += 1
+        return ObjectInfo(info.bucket, info.key, len(body), served), body
+
+    async def _read(self, stream: Any, info: ObjectInfo, answer: dict[str, Any]) -> bytes:
+        """The whole body, and never more than one byte above the size that is known."""
+        announced = answer["ResponseMetadata"]["HTTPHeaders"].get("content-length")
+        size = info.size if info.size is not None else announced and int(announced)
+        if size is None:
+            raise TransferFailed(f"{info.uri}: the answer does not say how long it is")
+        if announced is not None and int(announced) != size:
+            raise TransferFailed(f"{info.uri}: {announced} bytes are announced, {size} were listed")
+        chunks, left = [], int(size) + 1
+        while left > 0 and (chunk := await stream.read(min(left, _CHUNK))):
+            chunks.append(chunk)
+            left -= len(chunk)
+        if left != 1:
+            raise TransferFailed(f"{info.uri}: {int(size) + 1 - left} bytes arrived, {size} were expected")
+        return b"".join(chunks)
+
+    async def _turn_to_learn(self, bucket: str) -> None:
+        """Let the first object of a bucket go ahead, until its request is prepared: the others repeat it."""
+        event = self._learning.get(bucket)
+        if event is None:
+            self._learning[bucket] = asyncio.Event()
+        else:
+            await event.wait()
+
+    def _let_others_go(self, bucket: str) -> None:
+        if bucket in self._learning:
+            self._learning[bucket].set()
+
+    async def _learn(self, request: Any, **_: Any) -> None:
+        info = _now_fetching.get()
+        if info is not None and self._lane is not None:
+            self._lane.learn(info.bucket, info.key, request, await self._credentials())
+            self._let_others_go(info.bucket)
+
+    async def _credentials(self) -> Credentials | None:
+        """What botocore's provider chain holds now, refreshed by it when due."""
+        provider = self._client._request_signer._credentials
+        if provider is None:
+            return None
+        frozen = await provider.get_frozen_credentials()
+        return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+
+    # the client
+
+    async def _page(self, client: Any, arguments: dict[str, str], what: str) -> Any:
+        page = await self._asked(client.list_objects_v2, arguments, what)
+        if "IsTruncated" not in page:  # botocore takes any page of HTML for a listing of nothing
+            raise TransferFailed(f"{what}: the answer is no listing").because("check that the endpoint is an S3 server")
+        return page
+
+    async def _asked(self, method: Callable[..., Any], arguments: dict[str, str], what: str) -> Any:
+        try:
+            return await method(**arguments)
+        except Exception as error:
+            raise translate(error, what, self.connection.hint) from error
+
+    async def _opened(self, what: str) -> Any:
+        if self._loop is not asyncio.get_running_loop():  # another process's, after a fork, or another life
+            self._loop = asyncio.get_running_loop()
+            self._opening, self._learning = asyncio.Lock(), {}
+            self._client = self._context = self._lane = None
+        if self._client is None:
+            async with self._opening:
+                if self._client is None:
+                    try:
+                        await self._open()
+                    except Exception as error:
+                        raise translate(error, what, self.connection.hint) from error
+        return self._client
+
+    async def _open(self) -> None:
+        session = self._session()
+        make = getattr(session, "create_client", None) or session.client
+        context = make("s3", **self._client_arguments(session))
+        client = await context.__aenter__()
+        self._context = context
+        _refuse_redirects(client)
+        self._lane = _lean_lane(client, self._timeout)
+        client.meta.events.register("before-send.s3.GetObject", self._learn)
+        if self.connection.endpoint is not None:
+            client.meta.events.register_first("needs-retry.s3", _refuse_wrong_region)
+        self._client = client
+
+    def _session(self) -> Any:
+        if self._session_factory is not None:
+            return self._session_factory()
+        from aiobotocore.session import AioSession
+
+        session = AioSession()
+        if self.connection.profile is not None:
+            session.set_config_variable("profile", self.connection.profile)
+        return session
+
+    def _client_arguments(self, session: Any) -> dict[str, Any]:
+        from aiobotocore.config import AioConfig
+        from botocore import UNSIGNED
+
+        connection = self.connection
+        style = {True: {"addressing_style": "path"}, False: {"addressing_style": "virtual"}, None: None}
+        config = AioConfig(
+            max_pool_connections=self._concurrency,
+            connect_timeout=self._timeout,
+            read_timeout=self._timeout,
+            retries={"total_max_attempts": 1},
+            s3=style[connection.path_style],
+            **({"signature_version": UNSIGNED} if connection.unsigned else {}),
+        )
+        arguments: dict[str, Any] = {"endpoint_url": connection.endpoint, "config": config}
+        region = connection.region or _region_of(session)
+        arguments["region_name"] = region or "us-east-1"
+        if self._session_factory is None and connection.access_key is not None:
+            arguments["aws_access_key_id"] = connection.access_key
+            arguments["aws_secret_access_key"] = connection.secret_key
+            arguments["aws_session_token"] = connection.session_token
+        return arguments
+
+
+def _rebuild(
+    connection: Connection, concurrency: int, timeout: float, retry: Retry, session_factory: Callable[[], Any] | None
+) -> S3Store:
+    return S3Store(connection, concurrency=concurrency, timeout=timeout, retry=retry, session_factory=session_factory)
+
+
+def _region_of(session: Any) -> str | None:
+    """The region of a profile, or of the user's session."""
+    if hasattr(session, "get_config_variable"):
+        return session.get_config_variable("region")  # type: ignore[no-any-return]
+    return getattr(session, "region_name", None)
+
+
+def _lean_lane(client: Any, timeout: float) -> LeanLane | None:
+    """A lane that trusts whom the client trusts, or None where the client goes out in a way it does not know."""
+    config, verify = client.meta.config, getattr(client._endpoint.http_session, "_verify", None)
+    if config.proxies or get_environ_proxies(client.meta.endpoint_url) or config.client_cert:
+        return None
+    if verify is not True and not isinstance(verify, str):
+        return None
+    tls = ssl.create_default_context(cafile=get_cert_path(verify))
+    return LeanLane(timeout=timeout, tls=tls)
+
+
+def _refuse_redirects(client: Any) -> None:
+    """Never send a signed request, and a session token with it, to the place that a `Location` names.
+
+    aiohttp would follow it, and aiobotocore has no switch for that, up to 3.10 at least; so every session of the client
+    gets a trace that raises when it is about to. Raises `StoreError` where there is nothing to attach it to.
+    """
+    http_session = client._endpoint.http_session
+    get_session = getattr(http_session, "_get_session", None)
+    if get_session is None:
+        raise StoreError("redirects cannot be refused in this version of aiobotocore: install one below 4")
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(_refuse_redirect)
+    trace.freeze()
+
+    async def guarded(proxy: str | None) -> aiohttp.ClientSession:
+        session: aiohttp.ClientSession = await get_session(proxy)
+        if trace not in session.trace_configs:
+            session.trace_configs.append(trace)
+        return session
+
+    http_session._get_session = guarded
+
+
+async def _refuse_redirect(session: object, context: object, request: aiohttp.TraceRequestRedirectParams) -> None:
+    place = request.response.headers.get("Location", "")
+    raise StoreError(f"{request.url.host} redirects to {place[:200]!r}: refused; check the endpoint")
+
+
+def _refuse_wrong_region(response: Any, request_dict: dict[str, Any], **_: Any) -> None:
+    """Name the right region instead of letting botocore ask twice for every first request."""
+    if response is None:
+        return
+    answer, parsed = response
+    error = parsed.get("Error", {})
+    told = error.get("Region") or parsed.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
+    ours = request_dict.get("context", {}).get("signing", {}).get("region")
+    if answer.status_code in (301, 400) and told and told != ours:
+        raise ConfigurationError(f"region {ours!r} is wrong: the endpoint expects {told!r}; set AWS_REGION={told}")

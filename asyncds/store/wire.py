@@ -1,0 +1,248 @@
+"""HTTP/1.1 as far as a plain GET needs it: keep-alive connections, one request in flight on each.
+
+Understood is one kind of answer: a `200` with a `Content-Length` that fits. Of any other answer the caller learns its
+status; its connection is closed, so that nothing of it can be taken for the answer to the next request.
+"""
+
+import asyncio
+import ssl
+from collections import deque
+from typing import NamedTuple
+
+__all__ = ["Answer", "BrokenConnection", "NoConnection", "Pool"]
+
+_LONGEST_HEAD = 64 << 10
+_IDLE_S = 10.0
+_REPEATABLE = {b"vary", b"set-cookie", b"via", b"warning", b"link", b"server", b"cache-control"}
+
+
+class Answer(NamedTuple):
+    """Status (0 for what is no HTTP/1.1), headers by lower-case name, and the body; empty unless `whole`."""
+
+    status: int
+    headers: dict[bytes, bytes]
+    body: bytes
+    whole: bool
+
+
+class NoConnection(Exception):
+    """No connection could be made; the message names host and port, the cause says why."""
+
+
+class BrokenConnection(Exception):
+    """The connection ended, stood still, or carried something that is no HTTP. `untouched`: before any answer."""
+
+    def __init__(self, reason: str, *, untouched: bool = False) -> None:
+        super().__init__(reason)
+        self.untouched = untouched
+
+
+class _Connection(asyncio.Protocol):
+    """One connection: idle, or busy with one request whose answer arrives in `answer`."""
+
+    def __init__(self) -> None:
+        self.answer: asyncio.Future[Answer] | None = None
+        self.progress = 0.0
+        self.used = False
+        self._transport: asyncio.Transport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._chunks: list[bytes] = []
+        self._missing = -1  # bytes of the body still to come, once the head is there
+        self._head: tuple[int, dict[bytes, bytes]] = (0, {})
+        self._size: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def ask(self, request: bytes, size: int | None) -> asyncio.Future[Answer]:
+        """Send a request. `size` is the only `Content-Length` that fits, if it is known."""
+        assert self._transport is not None
+        self.answer = self._loop.create_future()
+        self.progress = self._loop.time()
+        self._chunks, self._missing, self._size = [], -1, size
+        self._transport.write(request)
+        return self.answer
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    # what the transport calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
+        self._transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        self.progress = self._loop.time()
+        if self.answer is None or self.answer.done():
+            self.abort()  # nothing was asked
+        elif self._missing < 0:
+            self._read_head(data)
+        else:
+            self._read_body(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        if self.answer is not None and not self.answer.done():
+            untouched = self._missing < 0 and not self._chunks
+            self.answer.set_exception(BrokenConnection(str(error or "the server closed it"), untouched=untouched))
+
+    # the answer
+
+    def _read_head(self, data: bytes) -> None:
+        if self._chunks:
+            data = b"".join([*self._chunks, data])
+        end = data.find(b"\r\n\r\n")
+        if end < 0:
+            self._chunks = [data]
+            if len(data) > _LONGEST_HEAD:
+                self._fail("the head of the answer does not end")
+            return
+        self._chunks = []
+        head = _parsed(data[:end])
+        length = None if head is None else _length(head[1])
+        if head is None:
+            self._finish(Answer(0, {}, b"", whole=False))
+            self.abort()
+        elif head[0] != 200 or length is None or length != (length if self._size is None else self._size):
+            self._finish(Answer(*head, b"", whole=False))
+            self.abort()
+        else:
+            self._head, self._missing = head, length
+            self._read_body(data[end + 4 :])
+
+    def _read_body(self, data: bytes) -> None:
+        self._missing -= len(data)
+        if self._missing < 0:
+            self._fail("the body is longer than announced")
+            return
+        self._chunks.append(data)
+        if self._missing == 0:
+            body = data if len(self._chunks) == 1 else b"".join(self._chunks)
+            self._chunks = []
+            if self._head[1].get(b"connection", b"").lower() == b"close":
+                self.abort()
+            self._finish(Answer(*self._head, body, whole=True))
+
+    def _finish(self, answer: Answer) -> None:
+        assert self.answer is not None
+        self.used = True
+        self.answer.set_result(answer)
+
+    def _fail(self, reason: str) -> None:
+        assert self.answer is not None
+        self.answer.set_exception(BrokenConnection(reason))
+        self.abort()
+
+
+def _parsed(head: bytes) -> tuple[int, dict[bytes, bytes]] | None:
+    """Status and headers; None if it is no HTTP/1.1, or a header that matters is there twice and says two things."""
+    first, *lines = head.split(b"\r\n")
+    if not first.startswith(b"HTTP/1.1 ") or not first[9:12].isdigit():
+        return None
+    headers: dict[bytes, bytes] = {}
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        name, value = name.lower(), value.strip()
+        if not colon or (headers.setdefault(name, value) != value and name not in _REPEATABLE):
+            return None
+    return int(first[9:12]), headers
+
+
+def _length(headers: dict[bytes, bytes]) -> int | None:
+    text = headers.get(b"content-length", b"")
+    return int(text) if text.isdigit() and len(text) < 19 and b"transfer-encoding" not in headers else None
+
+
+class Pool:
+    """Connections to one place, opened as demand grows and closed when they were idle for 10 s.
+
+    How many there are is bounded by how many requests its user has in flight. Lives on one event loop.
+    """
+
+    def __init__(self, host: str, port: int, *, timeout: float, tls: ssl.SSLContext | None) -> None:
+        self._host = host
+        self._port = port
+        self._timeout = timeout
+        self._tls = tls
+        self._idle: deque[_Connection] = deque()
+        self._busy: set[_Connection] = set()
+        self._watch: asyncio.TimerHandle | None = None
+
+    async def get(self, request: bytes, size: int | None) -> Answer:
+        """Send a request, and return its answer.
+
+        Raises `NoConnection` or `BrokenConnection`; what stands still for `timeout` seconds is broken. A connection
+        that was kept alive and turns out to be closed is replaced once. Cancelling closes the connection.
+        """
+        connection = self._kept()
+        if connection is not None:
+            try:
+                return await self._asked(connection, request, size)
+            except BrokenConnection as error:
+                if not error.untouched:
+                    raise
+        return await self._asked(await self._opened(), request, size)
+
+    async def _asked(self, connection: _Connection, request: bytes, size: int | None) -> Answer:
+        self._busy.add(connection)
+        self._watch_over()
+        try:
+            answer = await connection.ask(request, size)
+        except BaseException:
+            connection.abort()
+            raise
+        finally:
+            self._busy.discard(connection)
+        if connection.is_open:
+            self._idle.append(connection)
+        return answer
+
+    def _kept(self) -> _Connection | None:
+        """The connection that was used last, if one is alive."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open:
+                return connection
+        return None
+
+    async def _opened(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        name = self._host if self._tls is not None else None
+        try:
+            async with asyncio.timeout(self._timeout):
+                _, connection = await loop.create_connection(
+                    _Connection, self._host, self._port, ssl=self._tls, server_hostname=name
+                )
+        except OSError as error:
+            raise NoConnection(f"{self._host}:{self._port}") from error
+        return connection
+
+    def _watch_over(self) -> None:
+        """Look after all connections from time to time, rather than set a timer for each request."""
+        if self._watch is None:
+            self._watch = asyncio.get_running_loop().call_later(min(1.0, self._timeout / 4), self._look)
+
+    def _look(self) -> None:
+        now = asyncio.get_running_loop().time()
+        self._watch = None
+        for connection in list(self._busy):
+            answer = connection.answer
+            if answer is not None and not answer.done() and now - connection.progress > self._timeout:
+                answer.set_exception(BrokenConnection(f"no byte came for {self._timeout:g} s"))
+                connection.abort()
+        while self._idle and now - self._idle[0].progress > _IDLE_S:
+            self._idle.popleft().abort()
+        if self._busy or self._idle:
+            self._watch_over()
+
+    async def aclose(self) -> None:
+        """Close all connections, and wait for the loop to notice."""
+        if self._watch is not None:
+            self._watch.cancel()
+        for connection in [*self._idle, *self._busy]:
+            connection.abort()
+        self._idle.clear()
+        await asyncio.sleep(0)
