@@ -1,0 +1,74 @@
+"""What a cached value looks like: who it is, what it should be, and then its bytes."""
+
+import struct
+from hashlib import blake2b
+from typing import NamedTuple
+
+import xxhash
+
+from asyncds.manifest import decode, encode, version_id
+
+__all__ = ["FIRST_SEEN", "Entry", "NewEntry", "entry_key", "object_id", "pack_header", "unpack"]
+
+FIRST_SEEN = bytes(16)
+"""The version of the row that holds no bytes, but the ETag under which an object was first seen."""
+
+# magic and format version, length of the ETag, length of the body, key of the row, checksum of the body; after it the
+# ETag, a checksum of all that came before, and the body. Integers are little-endian, checksums XXH3 with 64 bits.
+_HEADER = struct.Struct("<4sIQ32sQ")
+_MAGIC = b"ads\x01"
+_CHECKSUM = struct.Struct("<Q")
+
+
+class Entry(NamedTuple):
+    """What is cached of one object."""
+
+    etag: str
+    body: bytes
+
+
+class NewEntry(NamedTuple):
+    """An object to store; `first_seen` also records its ETag as the one this object is known by."""
+
+    object: bytes
+    etag: str
+    body: bytes
+    first_seen: bool = False
+
+
+def object_id(endpoint: str, bucket: str, key: str) -> bytes:
+    """16 bytes that stand for an object: BLAKE2b, so that nobody can find two keys that share an entry."""
+    name = f"{endpoint}\0{bucket}\0{key}"
+    return blake2b(encode(name), digest_size=16, person=b"asyncds.object").digest()
+
+
+def entry_key(object: bytes, etag: str) -> bytes:
+    """The key of the row that holds this version of an object."""
+    return object + version_id(etag)
+
+
+def pack_header(key: bytes, etag: str, body: bytes) -> bytes:
+    """What stands before the body of a value, in a row and in a file."""
+    text = encode(etag)
+    start = _HEADER.pack(_MAGIC, len(text), len(body), key, xxhash.xxh3_64_intdigest(body)) + text
+    return start + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(start))
+
+
+def unpack(key: bytes, value: bytes) -> Entry | None:
+    """The entry in a value, or None if it is not the one asked for, or not exactly as it was written."""
+    if len(value) < _HEADER.size:
+        return None
+    magic, text_length, length, name, checksum = _HEADER.unpack_from(value)
+    stop = _HEADER.size + text_length
+    start = stop + _CHECKSUM.size
+    if magic != _MAGIC or name != key or len(value) != start + length:
+        return None
+    if value[stop:start] != _CHECKSUM.pack(xxhash.xxh3_64_intdigest(value[:stop])):
+        return None
+    body = value[start:]
+    if xxhash.xxh3_64_intdigest(body) != checksum:
+        return None
+    try:
+        return Entry(decode(value[_HEADER.size : stop]), body)
+    except UnicodeDecodeError:
+        return None

@@ -1,0 +1,364 @@
+"""What a dataset reads from: a store, a cache, a table of objects, and each process's means to fetch. No torch."""
+
+import asyncio
+import contextlib
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import util
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+from uuid import uuid4
+
+from asyncds.cache import Cache
+from asyncds.entry import object_id
+from asyncds.errors import DatasetClosed
+from asyncds.fetcher import Fetched, Fetcher, lookup
+from asyncds.listing import Labeller, Table, list_prefix
+from asyncds.manifest import KeyFilter, Manifest, ObjectInfo, parse_uri
+from asyncds.portal import Portal
+from asyncds.progress import progress_bar
+from asyncds.retry import Retry
+from asyncds.settings import Settings
+from asyncds.stats import Counters
+from asyncds.store import Connection, ObjectStore, S3Store
+from asyncds.warm import Missing, WarmReport, warm
+
+__all__ = ["Arrivals", "Source", "StoreRecipe"]
+
+# Exit handlers of multiprocessing run in workers, too, where those of atexit do not; the greater number goes first.
+_FIRST_TO_CLOSE, _LAST_TO_CLOSE = 100, 90
+_SECONDS_BETWEEN_CHECKS = 5.0
+# The defaults of s3torchconnector's S3ClientConfig: a value that equals them was not chosen.
+_CRT_GBPS, _CRT_ATTEMPTS = 10.0, 10
+
+
+@dataclass(frozen=True)
+class StoreRecipe:
+    """How to make the store, in any process, with the credentials that are found there: none are pickled."""
+
+    settings: Settings
+    endpoint: str | None = None
+    region: str | None = None
+    unsigned: bool = False
+    path_style: bool | None = None
+    profile: str | None = None
+    session_factory: Callable[[], Any] | None = None
+    store: ObjectStore | None = None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        region: str | None = None,
+        endpoint: str | None = None,
+        profile: str | None = None,
+        s3client_config: Any = None,
+        session_factory: Callable[[], Any] | None = None,
+        store: ObjectStore | None = None,
+        **settings: Any,
+    ) -> "StoreRecipe":
+        """Sort the keyword arguments of a constructor into settings and what the store is made from.
+
+        `s3client_config` is anything with the attributes of `s3torchconnector.S3ClientConfig`. What it says about
+        concurrency and attempts counts where it is not its default, and where neither argument nor environment does.
+        """
+        values = Settings(**settings)
+        gbps = getattr(s3client_config, "throughput_target_gbps", None) or _CRT_GBPS
+        if gbps != _CRT_GBPS:
+            values = values.with_defaults(concurrency=min(4096, math.ceil(values.concurrency * gbps / _CRT_GBPS)))
+        attempts = getattr(s3client_config, "max_attempts", None) or _CRT_ATTEMPTS
+        if attempts != _CRT_ATTEMPTS:
+            values = values.with_defaults(retries=attempts - 1)
+        return cls(
+            values,
+            endpoint=endpoint,
+            region=region,
+            profile=profile or getattr(s3client_config, "profile", None),
+            unsigned=bool(getattr(s3client_config, "unsigned", False)),
+            path_style=True if getattr(s3client_config, "force_path_style", False) else None,
+            session_factory=session_factory,
+            store=store,
+        )
+
+    def connection(self) -> Connection:
+        return Connection.resolve(
+            self.settings,
+            endpoint=self.endpoint,
+            region=self.region,
+            unsigned=self.unsigned,
+            path_style=self.path_style,
+            profile=self.profile,
+            own_session=self.session_factory is not None,
+        )
+
+    def make(self, concurrency: int, retry: Retry) -> ObjectStore:
+        if self.store is not None:
+            return self.store
+        return S3Store(
+            self.connection(),
+            concurrency=concurrency,
+            timeout=self.settings.timeout,
+            retry=retry,
+            session_factory=self.session_factory,
+        )
+
+    @property
+    def url(self) -> str | None:
+        return None if self.store is not None else self.connection().endpoint
+
+    @property
+    def identity(self) -> str:
+        return self.store.endpoint if self.store is not None else self.connection().identity
+
+
+class Arrivals:
+    """The objects of one batch, coming in while their first ones are already used."""
+
+    def __init__(self, portal: Portal) -> None:
+        self._portal = portal
+        self._queue: SimpleQueue[tuple[int, Fetched | BaseException | None]] = SimpleQueue()
+        self._early: dict[int, Fetched | BaseException | None] = {}
+
+    def put(self, position: int, result: Fetched | BaseException | None) -> None:
+        """Called on the loop."""
+        self._queue.put((position, result))
+
+    def take(self, position: int) -> Fetched:
+        """Wait for the object at this position, and return it or raise its error."""
+        result = self._wait(position)
+        if isinstance(result, BaseException):
+            raise result
+        assert result is not None
+        return result
+
+    def settle(self) -> None:
+        """Wait until the cache has what it will have of this batch, so that no other worker asks for it again."""
+        self._wait(-1)
+
+    def _wait(self, position: int) -> Fetched | BaseException | None:
+        while position not in self._early:
+            try:
+                place, result = self._queue.get(timeout=_SECONDS_BETWEEN_CHECKS)
+            except Empty:
+                if not self._portal.alive:
+                    raise DatasetClosed("the dataset was closed while a batch was under way") from None
+            else:
+                self._early[place] = result
+        return self._early.pop(position)
+
+
+class _Runtime:
+    """The live handles of one process. Made lazily, never pickled, not carried across a fork."""
+
+    def __init__(self, source: "Source") -> None:
+        settings = source.settings
+        self.pid = os.getpid()
+        self.portal = Portal.enter()
+        concurrency = max(1, settings.concurrency // _workers())
+        retry = Retry(
+            settings.retries,
+            settings.deadline,
+            settings.first_contact,
+            on_retry=lambda: source_counters.add(retries=1),
+        )
+        source_counters = source.counters
+        self.store = source.recipe.make(concurrency, retry)
+        self.fetcher = Fetcher(
+            self.store, source.cache, concurrency=concurrency, retry=retry, tag=source.tag, counters=source_counters
+        )
+        self.close = util.Finalize(source, self._shut, exitpriority=_FIRST_TO_CLOSE)
+
+    def _shut(self) -> None:
+        if self.portal.is_current:  # the garbage collector may come by on the loop's own thread, which cannot wait
+            threading.Thread(target=self._shut, name="asyncds-closing").start()
+            return
+        with contextlib.suppress(Exception):
+            self.portal.call(self.fetcher.aclose())
+        self.portal.leave()
+
+
+def _workers() -> int:
+    """How many processes of the DataLoader share what this rank may have in flight."""
+    data = sys.modules.get("torch.utils.data")
+    info = data.get_worker_info() if data is not None else None
+    return info.num_workers if info is not None else 1
+
+
+class Source:
+    """A table of objects, the store that has them and the cache that keeps them.
+
+    Usable from any thread, and from any process that it is forked or pickled into: each builds its own connections on
+    first use. Rows are looked up and warmed by position in the table.
+    """
+
+    def __init__(
+        self,
+        recipe: StoreRecipe,
+        uri: str,
+        *,
+        manifest: Manifest | None = None,
+        match: KeyFilter | None = None,
+        limit: int | None = None,
+        label: Labeller | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.settings = recipe.settings
+        self.endpoint = recipe.identity
+        self.tag = f"{uri} at {self.endpoint}"
+        self.cache = Cache(self.settings.cache_dir, limit=self.settings.cache_size)
+        self.counters = Counters(self.cache.directory / "stats" / uuid4().hex)
+        self._uri = uri
+        self.table = Table(
+            self.cache.directory / "manifests",
+            self.tag,
+            self._listed,
+            manifest=manifest,
+            max_age=self.settings.manifest_max_age,
+            match=match,
+            limit=limit,
+            label=label,
+        )
+        self._runtimes: list[_Runtime] = []  # the last is this process's; those before it were inherited and lie still
+        self._closed = False
+        self._final: dict[str, float] | None = None
+        self._litter = [self.table.path, self.counters.path]
+        util.Finalize(self, _remove, (self._litter,), exitpriority=_LAST_TO_CLOSE)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._closed:
+            raise DatasetClosed(f"{self._uri}: a closed dataset cannot be sent to another process")
+        if self._litter:  # the pickle may outlive this object: its files stay until this process ends
+            util.Finalize(None, _remove, (self._litter[:],), exitpriority=_LAST_TO_CLOSE)
+            self._litter.clear()
+        state = self.__dict__ | {"_runtimes": [], "_litter": []}
+        del state["cache"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.cache = Cache(self.settings.cache_dir, limit=self.settings.cache_size)
+
+    def __repr__(self) -> str:
+        return f"<Source {self.tag}>"
+
+    @property
+    def manifest(self) -> Manifest:
+        """The table; listed now if nobody in this run has listed it yet."""
+        return self.table.manifest()
+
+    def runtime(self) -> _Runtime:
+        """This process's connections, made on first use. Raises `DatasetClosed`."""
+        if self._closed:
+            raise DatasetClosed(f"{self._uri}: the dataset was closed; make a new one")
+        with _making:
+            if not self._runtimes or self._runtimes[-1].pid != os.getpid():
+                self._runtimes.append(_Runtime(self))
+            return self._runtimes[-1]
+
+    def find(self, infos: Sequence[ObjectInfo]) -> tuple[list[ObjectInfo], list[Fetched | None]]:
+        """Look up a batch in the cache, in the calling thread; see `fetcher.lookup`."""
+        if self._closed:
+            raise DatasetClosed(f"{self._uri}: the dataset was closed; make a new one")
+        return lookup(self.cache, self.endpoint, infos)
+
+    def request(self, infos: Sequence[ObjectInfo]) -> Arrivals:
+        """Start to download a batch, or join what is under way, and return what to wait on."""
+        runtime = self.runtime()
+        arrivals = Arrivals(runtime.portal)
+        runtime.portal.start(_serve(runtime.fetcher, infos, arrivals))
+        return arrivals
+
+    def warm(self, *, progress: bool = True) -> WarmReport:
+        """Bring everything that is not cached into the cache; interrupted, it keeps what arrived.
+
+        Failures of single objects are reported, not raised; a store that cannot be reached at all is.
+        """
+        manifest, runtime = self.manifest, self.runtime()
+        missing = Missing(self.cache, self.endpoint, manifest)
+        with progress_bar(f"warming {self._uri}", len(manifest), show=progress) as advance:
+            return runtime.portal.call(warm(runtime.fetcher, missing, self.counters, advance))
+
+    def refresh(self) -> None:
+        """Forget which versions of unlisted objects were seen first, so that the next read takes what is there now."""
+        self.cache.forget_first_seen(object_id(self.endpoint, info.bucket, info.key) for info in self.manifest)
+
+    @property
+    def listed(self) -> bool:
+        """Whether the table is there without asking the store."""
+        return self.table.known
+
+    def stats(self) -> dict[str, float]:
+        """Counters of all processes of the run, and what the listing left out."""
+        left_out = self.manifest.left_out if self.listed else {}
+        counted = self._final if self._final is not None else self.counters.total()
+        return counted | {reason: left_out.get(reason, 0) for reason in ("markers", "filtered")}
+
+    def close(self) -> None:
+        """Cancel what is under way, close connections and delete this run's files. Calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._runtimes and self._runtimes[-1].pid == os.getpid():
+            self._runtimes[-1].close()
+        self._final = self.counters.total()
+        self.cache.close()
+        if os.getpid() == self.table.owner:
+            _remove(self._litter)
+
+    def _listed(self, limit: int | None, match: KeyFilter | None) -> Manifest:
+        bucket, prefix = parse_uri(self._uri)
+        runtime = self.runtime()
+        with progress_bar(f"listing {self._uri}", unit="keys") as advance:
+            pages = runtime.store.list(bucket, prefix)
+            return runtime.portal.call(
+                list_prefix(
+                    pages,
+                    endpoint=self.endpoint,
+                    bucket=bucket,
+                    prefix=prefix,
+                    match=match,
+                    limit=limit,
+                    progress=advance,
+                )
+            )
+
+
+async def _serve(fetcher: Fetcher, infos: Sequence[ObjectInfo], arrivals: Arrivals) -> None:
+    """Deliver each object when it arrives, and word when all are settled."""
+    try:
+        flights = [fetcher.start(info) for info in infos]
+    except DatasetClosed as error:
+        for position in range(-1, len(infos)):
+            arrivals.put(position, error)
+        return
+    for position, flight in enumerate(flights):
+        flight.arrived.add_done_callback(partial(_deliver, arrivals, position))
+    await asyncio.wait([flight.task for flight in flights])
+    arrivals.put(-1, None)
+
+
+def _deliver(arrivals: Arrivals, position: int, arrived: asyncio.Future[Fetched]) -> None:
+    arrivals.put(position, arrived.exception() or arrived.result())
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+_making = threading.Lock()
+
+
+def _forget_in_child() -> None:
+    global _making
+    _making = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

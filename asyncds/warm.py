@@ -1,0 +1,82 @@
+"""Bring a whole table into the cache, before training needs it."""
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from asyncds.cache import Cache
+from asyncds.errors import AsyncdsError, DatasetClosed, EndpointUnreachable
+from asyncds.fetcher import Fetcher, resident
+from asyncds.manifest import Manifest, ObjectInfo
+from asyncds.progress import Advance
+from asyncds.stats import Counters
+
+__all__ = ["Missing", "WarmReport", "warm"]
+
+_LOOKUP = 200
+_HOPELESS = 100
+
+
+class WarmReport(NamedTuple):
+    """What a warm-up found and did."""
+
+    objects: int
+    resident: int
+    fetched: int
+    bytes: int
+    uncached: int
+    failures: tuple[str, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = f"{self.objects:,} objects: {self.resident:,} were cached, {self.fetched:,} fetched"
+        lines += f" ({self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s)"
+        if self.uncached:
+            lines += f", {self.uncached:,} did not fit into the cache"
+        return lines + (f", {len(self.failures):,} failed" if self.failures else "")
+
+
+class Missing:
+    """The rows of a manifest that the cache does not have, found 200 at a time while they are consumed."""
+
+    def __init__(self, cache: Cache, endpoint: str, manifest: Manifest) -> None:
+        self.total = len(manifest)
+        self.resident = 0
+        self._cache = cache
+        self._endpoint = endpoint
+        self._manifest = manifest
+
+    def __iter__(self) -> Iterator[ObjectInfo]:
+        for start in range(0, self.total, _LOOKUP):
+            infos = self._manifest[start : start + _LOOKUP]
+            present = resident(self._cache, self._endpoint, infos)
+            self.resident += sum(present)
+            yield from (info for info, there in zip(infos, present, strict=True) if not there)
+
+
+async def warm(fetcher: Fetcher, missing: Missing, counters: Counters, advance: Advance) -> WarmReport:
+    """Download what is missing, and report; whatever ends it, the cache has what arrived when it returns or raises.
+
+    Failures of single objects are collected. A store that cannot be reached, or that has given nothing after 100
+    failures, raises what it raised.
+    """
+    started, before, shown = time.monotonic(), counters.total(), 0
+    fetched, size, failures = 0, 0, list[str]()
+    try:
+        async for _, result in fetcher.outcomes(missing):
+            if isinstance(result, DatasetClosed | EndpointUnreachable):
+                raise result
+            if isinstance(result, AsyncdsError):
+                failures.append(str(result))
+                if not fetched and len(failures) >= _HOPELESS:
+                    raise result
+            else:
+                fetched, size = fetched + 1, size + len(result.body)
+            done = missing.resident + fetched + len(failures)
+            advance(done - shown, note=f"{size / 1e6:,.1f} MB, {len(failures)} failed")
+            shown = done
+    finally:
+        await fetcher.flush()
+    uncached = int(counters.total()["uncached"] - before["uncached"])
+    seconds = time.monotonic() - started
+    return WarmReport(missing.total, missing.resident, fetched, size, uncached, tuple(failures), seconds)
