@@ -1,0 +1,435 @@
+"""The synchronous, map-style face of it all: index → key → sample."""
+
+import math
+import operator
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NotRequired, Self, Unpack
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, random_split
+
+from asyncds.errors import ConfigurationError
+from asyncds.fetcher import Fetched
+from asyncds.labels import labeller, read_csv
+from asyncds.listing import Labeller
+from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, parse_uri
+from asyncds.reader import S3Reader
+from asyncds.settings import Options
+from asyncds.source import Source, StoreRecipe
+from asyncds.store import ObjectStore
+from asyncds.warm import WarmReport
+
+__all__ = ["CachedS3MapDataset"]
+
+
+def _identity(sample: Any) -> Any:
+    return sample
+
+
+class _Common(Options):
+    """What every constructor accepts by keyword."""
+
+    region: NotRequired[str | None]
+    endpoint: NotRequired[str | None]
+    transform: NotRequired[Callable[[S3Reader], Any]]
+    target_transform: NotRequired[Callable[[Any], Any] | None]
+    s3client_config: NotRequired[Any]
+    profile: NotRequired[str | None]
+    session_factory: NotRequired[Callable[[], Any] | None]
+    store: NotRequired[ObjectStore | None]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Objects that share a source and are turned into samples in the same way."""
+
+    source: Source
+    transform: Callable[[S3Reader], Any]
+    target_transform: Callable[[Any], Any] | None
+
+
+class CachedS3MapDataset(Dataset[Any]):
+    """A map-style dataset whose samples are objects of a bucket, read through a cache on local disk.
+
+    A sample is `transform(object)`, where the object is a file (`S3Reader`); with labels it is the pair
+    `(transform(object), target_transform(label))`. A batch that the DataLoader asks for (`__getitems__`) is looked up
+    with one query, and what is missing is downloaded concurrently while its first samples are already transformed.
+    Transforms run one after another, in the order of the batch, so random ones draw what they would without asyncds.
+
+    Made by `from_prefix`, `from_objects`, `from_manifest` or `from_csv`, which all accept by keyword:
+
+    * `transform`, `target_transform`: callables, picklable if workers are spawned;
+    * `region`, `endpoint`, `profile`, `session_factory`, `s3client_config` (as for `S3MapDataset`), `store` (an
+      `ObjectStore` of your own): where the objects are, and who asks. Credentials come from the environment;
+    * every setting of `asyncds.Settings`, such as `concurrency`, `cache_dir`, `cache_size`.
+
+    Works in any thread, and in worker processes under fork, spawn and forkserver: each builds its own connections.
+    Reading raises what `asyncds.errors` lists; an error of `transform` keeps its type and gains the object's URI as a
+    note.
+    """
+
+    def __init__(self, parts: Sequence[_Part], rows: NDArray[np.int64] | None = None) -> None:
+        self._parts = tuple(parts)
+        self._rows = rows
+
+    # constructors
+
+    @classmethod
+    def from_prefix(
+        cls,
+        s3_uri: str,
+        *,
+        label: str | Labeller | None = None,
+        match: KeyFilter | None = None,
+        limit: int | None = None,
+        **common: Unpack[_Common],
+    ) -> Self:
+        """Make a dataset of all objects under `s3://bucket/prefix`, in UTF-8 order of their keys.
+
+        The prefix is listed once per run, when the dataset is first measured or read. `match` keeps the keys that fit
+        a glob (in which `*` also spans `/`) or a predicate, `limit` the first so many of them. `label` is `"parent"`,
+        the name of the folder that holds the object, or a callable of the key that returns a str, int or float.
+        """
+        bucket, prefix = parse_uri(s3_uri)
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise ConfigurationError(f"limit={limit!r}: must be a whole number, at least 1")
+        if match is not None and not isinstance(match, str) and not callable(match):
+            raise ConfigurationError(f"match={match!r}: must be a glob or a callable of the key")
+        uri = f"s3://{bucket}/{prefix}"
+        return cls._of(common, uri, match=match, limit=limit, label=labeller(label))
+
+    @classmethod
+    def from_objects(
+        cls,
+        object_uris: str | Iterable[str],
+        labels: Iterable[Label] | None = None,
+        *,
+        label: str | Labeller | None = None,
+        refresh: bool = False,
+        **common: Unpack[_Common],
+    ) -> Self:
+        """Make a dataset of these objects, in this order, without listing.
+
+        `labels` gives one label for each. An object keeps the version in which it was first seen on this machine;
+        `refresh` drops that record, so that the next read takes what the store has then.
+        """
+        uris = [object_uris] if isinstance(object_uris, str) else object_uris
+        builder = ManifestBuilder()
+        for uri in uris:
+            bucket, key = parse_uri(uri)
+            if not key:
+                raise ConfigurationError(f"{uri!r} names a bucket, not an object: use from_prefix")
+            builder.add(ObjectInfo(bucket, key))
+        return cls._of_table(builder, "objects", labels, label, refresh, common)
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest | str | os.PathLike[str], **common: Unpack[_Common]) -> Self:
+        """Make a dataset of a table of objects, or of the file that one was saved to."""
+        table = manifest if isinstance(manifest, Manifest) else Manifest.open(manifest)
+        return cls._of(common, table.source, manifest=table)
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        root: str | None = None,
+        key: str | int = "key",
+        label: str | int | None = "label",
+        refresh: bool = False,
+        **common: Unpack[_Common],
+    ) -> Self:
+        """Make a dataset of the objects and labels in a CSV file.
+
+        `key` and `label` are names in its first row, or numbers of columns, from 0, in a file without such a row;
+        `label=None` means no labels. A key that is no `s3://` URI is appended to `root`, as in `root="s3://bucket/images/"`.
+        Labels that all are whole numbers, or all numbers, are numbers; others are texts.
+        """
+        keys, labels = read_csv(path, key, label)
+        builder = ManifestBuilder()
+        for name in keys:
+            if root is None and not name.startswith("s3://"):
+                raise ConfigurationError(f"{os.fspath(path)}: {name!r} is no S3 URI: say root='s3://bucket/'")
+            builder.add(ObjectInfo(*parse_uri(name if name.startswith("s3://") else f"{root}{name}")))
+        return cls._of_table(builder, os.fspath(path), labels, None, refresh, common)
+
+    @classmethod
+    def _of_table(
+        cls,
+        builder: ManifestBuilder,
+        source: str,
+        labels: Iterable[Label] | None,
+        label: str | Labeller | None,
+        refresh: bool,
+        common: _Common,
+    ) -> Self:
+        manifest = builder.build(endpoint="", source=source)
+        if labels is not None:
+            manifest = manifest.with_labels(labels)
+        elif (of_key := labeller(label)) is not None:
+            manifest = manifest.with_labels(of_key(info.key) for info in manifest)
+        dataset = cls._of(common, source, manifest=manifest)
+        if refresh:
+            dataset._parts[0].source.refresh()
+        return dataset
+
+    @classmethod
+    def _of(cls, common: _Common, uri: str, **table: Any) -> Self:
+        arguments: dict[str, Any] = dict(common)
+        unknown = arguments.keys() - _Common.__annotations__.keys()
+        if unknown:
+            known = ", ".join(sorted(_Common.__annotations__))
+            raise ConfigurationError(f"no argument or setting is called {min(unknown)!r}; there are {known}")
+        transform = arguments.pop("transform", _identity)
+        target_transform = arguments.pop("target_transform", None)
+        return cls([_Part(Source(StoreRecipe.of(**arguments), uri, **table), transform, target_transform)])
+
+    # reading
+
+    def __len__(self) -> int:
+        return len(self._manifest()) if self._rows is None else len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """Return one sample for each index, in their order. Negative indices count from the end."""
+        rows = self._checked(indices)
+        if len(self._parts) == 1:
+            batch = _Batch(self._parts[0], rows)
+            samples = [batch.sample(position) for position in range(len(rows))]
+            batch.settle()
+            return samples
+        owners = np.searchsorted(self._starts(), rows, side="right") - 1
+        batches = {
+            owner: _Batch(self._parts[owner], rows[owners == owner] - self._starts()[owner])
+            for owner in sorted(set(owners.tolist()))
+        }
+        places = {owner: iter(range(len(rows))) for owner in batches}
+        samples = [batches[owner].sample(next(places[owner])) for owner in owners.tolist()]
+        for batch in batches.values():
+            batch.settle()
+        return samples
+
+    def _checked(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        """Rows of the table, for indices into this dataset."""
+        size = len(self)
+        numbers = [operator.index(index) for index in indices]
+        for number in numbers:
+            if not -size <= number < size:
+                raise IndexError(f"index {number} of a dataset of {size}")
+        places = np.array(numbers, np.int64)
+        places[places < 0] += size
+        return places if self._rows is None else self._rows[places]
+
+    def _manifest(self) -> Manifest:
+        return self._parts[0].source.manifest
+
+    def _starts(self) -> NDArray[np.int64]:
+        """The first row of each part, in the numbering that spans all of them."""
+        sizes = [len(part.source.manifest) for part in self._parts]
+        return np.cumsum([0, *sizes[:-1]])
+
+    def _all_rows(self) -> NDArray[np.int64]:
+        return np.arange(len(self), dtype=np.int64) if self._rows is None else self._rows
+
+    # labels, as in torchvision
+
+    @property
+    def targets(self) -> list[int] | list[float]:
+        """The label of every sample, before `target_transform`: a number, or the place of its text in `classes`."""
+        columns = [self._labels(part) for part in self._parts]
+        return np.concatenate(columns)[self._all_rows()].tolist()  # type: ignore[no-any-return]
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, sorted: the texts of the labels, or their numbers as texts."""
+        return list(self.class_to_idx)
+
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        """The label that stands for each class."""
+        names = self._parts[0].source.manifest.classes
+        if names is not None:
+            return {name: place for place, name in enumerate(names)}
+        columns = [self._labels(part) for part in self._parts]
+        return {str(label): label for label in np.unique(np.concatenate(columns)).tolist()}
+
+    @staticmethod
+    def _labels(part: _Part) -> NDArray[Any]:
+        labels = part.source.manifest.labels
+        if labels is None:
+            raise AttributeError("this dataset has no labels: give label= or labels= when it is made")
+        return labels
+
+    # datasets made of this one; all of them share its connections, cache and counters
+
+    def subset(self, indices: Sequence[int]) -> Self:
+        """Return the dataset of these samples, in this order."""
+        return type(self)(self._parts, self._checked(indices))
+
+    def split(self, lengths: Sequence[int | float], generator: torch.Generator | None = None) -> list[Self]:
+        """Split at random into datasets of these lengths, or shares that sum to 1, as `torch`'s `random_split` does."""
+        halves = random_split(self, lengths, generator if generator is not None else torch.default_generator)
+        return [self.subset(half.indices) for half in halves]
+
+    def with_transform(
+        self, transform: Callable[[S3Reader], Any], target_transform: Callable[[Any], Any] | None = None
+    ) -> Self:
+        """Return the same samples, transformed in another way; `target_transform` stays if it is None."""
+        return type(self)(
+            [
+                replace(part, transform=transform, target_transform=target_transform or part.target_transform)
+                for part in self._parts
+            ],
+            self._rows,
+        )
+
+    def __add__(self, other: Dataset[Any]) -> "CachedS3MapDataset":  # type: ignore[override]
+        """Return the samples of both, one after the other. Texts as labels must be numbered alike in both."""
+        if not isinstance(other, CachedS3MapDataset):
+            raise ConfigurationError(f"cannot add a {type(other).__name__}: use torch.utils.data.ConcatDataset")
+        ours, theirs = (d._manifest().classes for d in (self, other))
+        if ours != theirs:
+            raise ConfigurationError(
+                "the labels of the two datasets number different classes: give both integer labels"
+            )
+        offset = sum(len(part.source.manifest) for part in self._parts)
+        rows = np.concatenate([self._all_rows(), other._all_rows() + offset])
+        return type(self)(self._parts + other._parts, rows)
+
+    # around training
+
+    def warm(self, *, progress: bool = True) -> WarmReport:
+        """Download everything that is not in the cache yet, and return what was found and done.
+
+        Warms the whole of what the dataset was made from, also when called on a subset. Interrupted, it keeps what
+        arrived, and goes on from there when called again. Objects that cannot be had are named in `failures`.
+        """
+        reports = [source.warm(progress=progress) for source in self._sources()]
+        return WarmReport(
+            sum(r.objects for r in reports),
+            sum(r.resident for r in reports),
+            sum(r.fetched for r in reports),
+            sum(r.bytes for r in reports),
+            sum(r.uncached for r in reports),
+            tuple(failure for r in reports for failure in r.failures),
+            sum(r.seconds for r in reports),
+        )
+
+    def stats(self) -> dict[str, float]:
+        """Return counters since the dataset was made, summed over this process and all of its workers.
+
+        Counts are ints, and names that end in `_s` seconds, summed over processes: `samples`, `hits` and `misses`
+        (samples found in the cache, or waited for), `gets` and `bytes` (objects that arrived), `retries`, `failures`,
+        `uncached` (objects that the cache did not take), `blocked_s` (waiting for bytes), `transform_s`; and, of the
+        listing, `markers` and `filtered`: keys that were left out.
+        """
+        totals = [source.stats() for source in self._sources()]
+        return {
+            name: math.fsum(t[name] for t in totals) if name.endswith("_s") else sum(t[name] for t in totals)
+            for name in totals[0]
+        }
+
+    def close(self) -> None:
+        """Close connections and cancel what is under way; this dataset and those made of it then raise `DatasetClosed`.
+
+        Workers that are running have connections of their own and are not affected.
+        """
+        for source in self._sources():
+            source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The table of objects that this dataset was made from: `dataset.manifest.save("train.manifest")`."""
+        if len(self._parts) > 1:
+            raise ConfigurationError("a sum of datasets has no manifest of its own")
+        return self._manifest()
+
+    @property
+    def region(self) -> str | None:
+        """The region that was asked for, if any."""
+        recipe = self._parts[0].source.recipe
+        return recipe.region or recipe.settings.region
+
+    @property
+    def endpoint(self) -> str | None:
+        """The endpoint's URL; None for AWS."""
+        return self._parts[0].source.recipe.url
+
+    def _sources(self) -> list[Source]:
+        return list({id(part.source): part.source for part in self._parts}.values())
+
+    def __repr__(self) -> str:
+        sources = " + ".join(dict.fromkeys(source.tag for source in self._sources()))
+        listed = all(source.listed for source in self._sources())
+        samples = f"{len(self):,} samples" if self._rows is not None or listed else "not listed yet"
+        stats = self.stats()
+        return f"<{type(self).__name__} {sources}: {samples}, {stats['hits']:,} hits, {stats['gets']:,} GETs>"
+
+
+class _Batch:
+    """Samples of one part that were asked for together."""
+
+    def __init__(self, part: _Part, rows: NDArray[np.int64]) -> None:
+        self._part = part
+        manifest = part.source.manifest
+        labels = manifest.labels
+        self._labels = None if labels is None else labels[rows].tolist()
+        self._infos, self._found = part.source.find(manifest.rows(rows))
+        missing = [position for position, found in enumerate(self._found) if found is None]
+        self._arrivals = part.source.request([self._infos[position] for position in missing]) if missing else None
+        self._place = {position: place for place, position in enumerate(missing)}
+        self._blocked = self._transforming = 0.0
+
+    def sample(self, position: int) -> Any:
+        """Wait for the object if need be, and turn it into a sample; to be called once for each position, in order."""
+        info, body = self._fetched(position)
+        reader = S3Reader(info.bucket, info.key, body, info.etag)
+        started = time.perf_counter()
+        try:
+            sample = self._part.transform(reader)
+            if self._labels is not None:
+                target_transform, label = self._part.target_transform, self._labels[position]
+                sample = sample, label if target_transform is None else target_transform(label)
+        except Exception as error:
+            error.add_note(f"while transforming {info.uri}")
+            raise
+        self._transforming += time.perf_counter() - started
+        return sample
+
+    def _fetched(self, position: int) -> Fetched:
+        found, self._found[position] = self._found[position], None
+        if found is not None:
+            return found
+        assert self._arrivals is not None
+        started = time.perf_counter()
+        fetched = self._arrivals.take(self._place[position])
+        self._blocked += time.perf_counter() - started
+        return fetched
+
+    def settle(self) -> None:
+        """Wait until the cache has the batch, and count it."""
+        if self._arrivals is not None:
+            started = time.perf_counter()
+            self._arrivals.settle()
+            self._blocked += time.perf_counter() - started
+        misses = len(self._place)
+        self._part.source.counters.add(
+            samples=len(self._infos),
+            hits=len(self._infos) - misses,
+            misses=misses,
+            blocked_s=self._blocked,
+            transform_s=self._transforming,
+        )
