@@ -1,0 +1,59 @@
+# `make demo` and `make test` do their own set-up: all they need is make and a Python from 3.11 on.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+OLDEST := $(abspath $(VENV))-oldest
+PIP := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test lint test-newest test-oldest bench clean
+
+help:
+	@echo "make demo    train on handwritten digits from a local S3 server, and see the difference"
+	@echo "make test    lint, type check, and all tests with the newest and the oldest aiobotocore"
+	@echo "make bench   cold and warm epochs beside one request per sample, and beside local files"
+	@echo "make clean   delete the environments"
+
+demo: $(VENV)/.demo
+	$(BIN)/asyncds demo
+
+test: lint test-newest test-oldest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test-newest: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+# What speaks S3, once more with the oldest aiobotocore that is supported, the one that aioboto3 pins.
+test-oldest: $(OLDEST)/.test
+	PATH="$(BIN):$$PATH" $(OLDEST)/bin/python -m pytest tests/test_store.py tests/test_dataset.py
+
+bench: $(VENV)/.test
+	$(BIN)/python tests/benchmarks/epochs.py
+
+clean:
+	rm -rf $(VENV) $(OLDEST)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "asyncds needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch and torchvision come together from PyPI: a torch built for CPUs only does not load PyPI's torchvision.
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python $(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python $(PIP) --editable '.[test]'
+	@touch $@ $(VENV)/.demo
+
+# An environment whose own packages are the old ones, and which finds everything else, torch above all, in the first.
+$(OLDEST)/.test: $(VENV)/.test
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(PIP) 'aioboto3==15.5.*' 'aiobotocore==2.25.1'
+	$(BIN)/python -c 'import os, site; print(site.getsitepackages()[0], os.getcwd(), sep="\n")' > "$$($(OLDEST)/bin/python -c 'import site; print(site.getsitepackages()[0])')/newest.pth"
+	@touch $@
