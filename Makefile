@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 OLDEST := $(abspath $(VENV))-oldest
+PARALLEL := --numprocesses 2 --dist worksteal
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test lint test-newest test-oldest bench clean
@@ -25,11 +26,11 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 test-newest: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # What speaks S3, once more with the oldest aiobotocore that is supported, the one that aioboto3 pins.
 test-oldest: $(OLDEST)/.test
-	PATH="$(BIN):$$PATH" $(OLDEST)/bin/python -m pytest tests/test_store.py tests/test_dataset.py
+	PATH="$(BIN):$$PATH" $(OLDEST)/bin/python -m pytest $(PARALLEL) tests/test_store.py tests/test_dataset.py
 
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/epochs.py

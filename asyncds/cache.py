@@ -48,6 +48,7 @@ _TRIGGER = re.compile(
     r"CREATE TRIGGER Settings_\w+ AFTER (?:INSERT|UPDATE|DELETE) ON Cache FOR EACH ROW BEGIN"
     r" UPDATE Settings SET value = value [-+ .\w]+ WHERE key = \"(?:count|size)\"; END"
 )
+_DAMAGE = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR}  # the last: a table is not there
 _BLOCK = 4096
 _FREE_FLOOR = 0.05
 _VARIABLES_PER_QUERY = 500
@@ -326,8 +327,8 @@ class Cache:
             os.close(os.open(self._objects / _DATABASE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         except CacheError:
             raise
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except (OSError, sqlite3.Error) as error:
+            reason = getattr(error, "strerror", None) or error
             raise CacheError(
                 f"{self.directory} cannot be used as a cache ({reason}): set ASYNCDS_CACHE_DIR to a directory that can"
             ) from None
@@ -407,7 +408,9 @@ def _is_trustworthy(path: Path) -> bool:
         with contextlib.closing(_connect(path)) as connection:
             schema = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
             settings = connection.execute("SELECT key FROM Settings").fetchall() if schema else []
-    except sqlite3.Error:
+    except sqlite3.Error as error:
+        if error.sqlite_errorcode not in _DAMAGE:
+            raise
         return False
     known = {*diskcache.DEFAULT_SETTINGS, *diskcache.core.METADATA, *_SETTINGS}
     return {key for (key,) in settings} <= known and all(

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ __all__ = ["Fetched", "Fetcher", "lookup"]
 _log = logging.getLogger(__name__)
 _MEMORY = 32 << 20
 _LOOKUP = 200
+_STALE_S = 0.02
 _BATCH_ENTRIES = 256
 _BATCH_BYTES = 8 << 20
 
@@ -251,7 +253,10 @@ class Fetcher:
         window = _Window(self, 2 * self._concurrency, self._memory.size)
         try:
             for chunk in _chunks(infos):
+                looked = time.monotonic()
                 for info, found in zip(*self._lookup(chunk), strict=True):
+                    if found is None and time.monotonic() - looked > _STALE_S:
+                        (info,), (found,) = self._lookup([info])
                     if found is not None:
                         yield info, found
                         continue
@@ -293,8 +298,8 @@ class Fetcher:
             await close()
 
     def expected_size(self, info: ObjectInfo) -> int:
-        """Bytes of the object, as listed; the largest seen so far where nobody knows."""
-        return info.size if info.size is not None else self._largest
+        """Bytes of the object, as listed; where nobody knows the largest seen so far, and the first one goes alone."""
+        return info.size if info.size is not None else self._largest or self._memory.size
 
     def _lookup(self, infos: Sequence[ObjectInfo]) -> tuple[list[ObjectInfo], list[Fetched | None]]:
         if self._cache is None:

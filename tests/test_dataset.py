@@ -875,6 +875,18 @@ def test_session_factory_brings_the_credentials(monkeypatch):
             assert [object.read() for object in dataset] == [b"x", b"y"]
 
 
+def test_session_factory_may_return_a_session_of_aioboto3():
+    aioboto3 = pytest.importorskip("aioboto3")
+    with S3Server(credentials=("SESSIONKEY", "secret")) as server:
+        server.put_many("mnist", {"x": b"x", "y": b"y"})
+
+        def make():
+            return aioboto3.Session("SESSIONKEY", "secret")
+
+        with CachedS3MapDataset.from_prefix("s3://mnist/", endpoint=server.endpoint, session_factory=make) as dataset:
+            assert [object.read() for object in dataset] == [b"x", b"y"]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_store_of_ones_own_is_read_from(workers):
     store = FakeStore({("shelf", f"book/{number}"): bytes([number]) * 9 for number in range(20)})

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from asyncds import demo
-from asyncds.demo import bucket
+from asyncds.demo import bucket, per_sample
 from asyncds.errors import ConfigurationError, EndpointUnreachable
 
 TRAIN, TEST = 1437, 360
@@ -43,7 +43,7 @@ def test_each_image_is_asked_for_once_and_the_digits_are_learnt():
 @pytest.mark.timeout(180)
 def test_a_run_agrees_with_the_servers_own_count(s3_process, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "_PER_SAMPLE_BUDGET_S", 0.5)
-    monkeypatch.setattr(demo, "_uses_minio", lambda connection: False)
+    monkeypatch.setattr(per_sample, "find_spec", lambda name: None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # others use the common one at the same time
     before = what_is_there()
     result = demo.run(endpoint=s3_process.endpoint, rtt=0.001, epochs=2, workers=2)

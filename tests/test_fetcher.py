@@ -360,10 +360,21 @@ async def test_fetch_yields_each_object_once_from_cache_and_store(cache):
     infos = infos_of(store)
     async with fetching(store, cache) as fetcher:
         for info in infos[::3]:
-            await fetcher.get(info)
+            await fetcher.start(info).task
         found = [fetched async for fetched in fetcher.fetch(iter(infos))]
         assert sorted(found) == sorted(Fetched(info, store.objects["b", info.key]) for info in infos)
         assert [fetched async for fetched in fetcher.fetch([])] == []
+    assert set(store.gets.values()) == {1}
+
+
+async def test_slow_stream_does_not_fetch_again_what_another_has_fetched_meanwhile(cache):
+    store = store_of(100)
+    async with fetching(store, cache, concurrency=4) as fetcher:
+        slow = fetcher.fetch(infos_of(store))
+        found = [await anext(slow)]
+        assert len([fetched async for fetched in fetcher.fetch(infos_of(store))]) == 100
+        found += [fetched async for fetched in slow]
+    assert sorted(found) == sorted(Fetched(info, store.objects["b", info.key]) for info in infos_of(store))
     assert set(store.gets.values()) == {1}
 
 

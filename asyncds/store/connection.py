@@ -86,9 +86,9 @@ class Connection:
         """What the cache calls this store. All of AWS is one: its bucket names are unique."""
         if self.endpoint is None:
             return _AWS
-        parts = urlsplit(self.endpoint)
-        if (parts.hostname or "").endswith(".amazonaws.com"):
+        if _is_aws(self.endpoint) and not self.endpoint.endswith(".cn"):
             return _AWS
+        parts = urlsplit(self.endpoint)
         return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}"
 
 
@@ -120,7 +120,7 @@ def _family(settings: Settings, endpoint: str | None) -> tuple[Literal["AWS", "M
         return "AWS", endpoint
     if settings.minio_url:
         return ("MINIO" if _minio_endpoint(settings) == endpoint else "AWS"), endpoint
-    return ("MINIO" if settings.minio_access_key and not aws_named else "AWS"), endpoint
+    return ("MINIO" if settings.minio_access_key and not aws_named and not _is_aws(endpoint) else "AWS"), endpoint
 
 
 def _checked(url: str, name: str) -> str:
@@ -163,6 +163,10 @@ def _hint(settings: Settings, family: str, endpoint: str | None) -> str:
 
 def _reveal(secret: SecretStr | None) -> str | None:
     return secret.get_secret_value() if secret is not None else None
+
+
+def _is_aws(url: str) -> bool:
+    return (urlsplit(url).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
 
 
 def _is_private(host: str) -> bool:

@@ -12,6 +12,7 @@ import hmac
 import ssl
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from asyncds.store.wire import Answer, BrokenConnection, Pool
 __all__ = ["Credentials", "LeanLane", "Template"]
 
 _NOT_REPEATED = {"authorization", "x-amz-date", "x-amz-security-token", "if-match", "host"}
+_TO_BE_UNDERSTOOD = (0, 200)
+_PATIENCE = 8  # answers in a row that were not understood: two requests for each object are no way to go on
 _ALGORITHM = "AWS4-HMAC-SHA256"
 _CHECKSUMS: dict[bytes, Callable[[bytes], bytes]] = {
     b"x-amz-checksum-crc32": lambda body: zlib.crc32(body).to_bytes(4, "big"),
@@ -125,9 +128,10 @@ class Template:
 class LeanLane:
     """A template and a pool of connections for each bucket. Lives on one event loop."""
 
-    def __init__(self, *, timeout: float, tls: ssl.SSLContext) -> None:
+    def __init__(self, *, timeout: float, tls: Callable[[], ssl.SSLContext]) -> None:
         self._timeout = timeout
         self._tls = tls
+        self._misunderstood: Counter[str] = Counter()
         self._templates: dict[str, Template] = {}
         self._pools: dict[tuple[str, int], Pool] = {}
         self._stamp = (0, "")
@@ -145,7 +149,7 @@ class LeanLane:
 
     def knows(self, bucket: str) -> bool:
         """Whether a request for an object of this bucket can be made here."""
-        return bucket in self._templates
+        return bucket in self._templates and self._misunderstood[bucket] < _PATIENCE
 
     async def get(
         self, bucket: str, key: str, etag: str | None, size: int | None, credentials: Credentials | None
@@ -154,11 +158,15 @@ class LeanLane:
         template = self._templates[bucket]
         pool = self._pools.get(template.place)
         if pool is None:
-            tls = self._tls if template.secure else None
+            tls = self._tls() if template.secure else None
             pool = self._pools[template.place] = Pool(*template.place, timeout=self._timeout, tls=tls)
         answer = await pool.get(template.request(key, etag, credentials, self._now()), size)
         if answer.whole and not _matches_checksum(answer):
             raise BrokenConnection("the body does not match its checksum")
+        if answer.whole:
+            self._misunderstood.pop(bucket, None)
+        elif answer.status in _TO_BE_UNDERSTOOD:
+            self._misunderstood[bucket] += 1
         return answer
 
     async def aclose(self) -> None:

@@ -232,7 +232,7 @@ class S3Store:
         context = make("s3", **self._client_arguments(session))
         client = await context.__aenter__()
         self._context = context
-        _refuse_redirects(client)
+        _guard(client)
         self._lane = _lean_lane(client, self._timeout)
         client.meta.events.register("before-send.s3.GetObject", self._learn)
         if self.connection.endpoint is not None:
@@ -293,20 +293,21 @@ def _lean_lane(client: Any, timeout: float) -> LeanLane | None:
         return None
     if verify is not True and not isinstance(verify, str):
         return None
-    tls = ssl.create_default_context(cafile=get_cert_path(verify))
-    return LeanLane(timeout=timeout, tls=tls)
+    return LeanLane(timeout=timeout, tls=lambda: ssl.create_default_context(cafile=get_cert_path(verify)))
 
 
-def _refuse_redirects(client: Any) -> None:
-    """Never send a signed request, and a session token with it, to the place that a `Location` names.
+def _guard(client: Any) -> None:
+    """Never send a signed request, and a session token with it, to anybody but the endpoint.
 
-    aiohttp would follow it, and aiobotocore has no switch for that, up to 3.10 at least; so every session of the client
-    gets a trace that raises when it is about to. Raises `StoreError` where there is nothing to attach it to.
+    aiohttp follows a `Location` to wherever it points, and aiobotocore has no switch for that, up to 3.10 at least; so
+    every session of the client gets a trace that raises when it is about to. aiobotocore before 3.9 does not compare
+    the host's name with its certificate; so its TLS contexts are told to. Raises `StoreError` where there is nothing to
+    attach that to.
     """
     http_session = client._endpoint.http_session
     get_session = getattr(http_session, "_get_session", None)
     if get_session is None:
-        raise StoreError("redirects cannot be refused in this version of aiobotocore: install one below 4")
+        raise StoreError("this version of aiobotocore cannot be guarded: install one from 2.25.1 on, below 4")
     trace = aiohttp.TraceConfig()
     trace.on_request_redirect.append(_refuse_redirect)
     trace.freeze()
@@ -315,6 +316,9 @@ def _refuse_redirects(client: Any) -> None:
         session: aiohttp.ClientSession = await get_session(proxy)
         if trace not in session.trace_configs:
             session.trace_configs.append(trace)
+            context = getattr(session.connector, "_ssl", None)
+            if isinstance(context, ssl.SSLContext) and context.verify_mode == ssl.CERT_REQUIRED:
+                context.check_hostname = True
         return session
 
     http_session._get_session = guarded
