@@ -181,7 +181,8 @@ class _Window:
 class Fetcher:
     """Downloads objects from a store into a cache, at most one download per object at a time.
 
-    Lives on one event loop. At most `concurrency` requests are in flight, and `memory` bytes between socket and disk.
+    Lives on one event loop. At most `concurrency` requests are in flight, and `memory` bytes between socket and disk;
+    fetchers that are given the same `slots` share the former.
     A waiter that is cancelled or times out does not disturb the download, nor others who wait for it. A failure is
     told to all who wait, once, and not remembered.
 
@@ -200,11 +201,12 @@ class Fetcher:
         memory: int = _MEMORY,
         tag: str = "",
         counters: Counters | None = None,
+        slots: asyncio.Semaphore | None = None,
     ) -> None:
         self._store = store
         self._cache = cache
         self._concurrency = concurrency
-        self._slots = asyncio.Semaphore(concurrency)
+        self._slots = slots or asyncio.Semaphore(concurrency)
         self._retry = retry
         self._memory = Memory(memory)
         self._tag = tag

@@ -30,6 +30,7 @@ class Portal:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self._users = 0
+        self._slots: dict[int, asyncio.Semaphore] = {}
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="asyncds-portal", daemon=True)
         self._thread.start()
@@ -55,6 +56,11 @@ class Portal:
                 _current = None
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+
+    def slots(self, count: int) -> asyncio.Semaphore:
+        """So many slots for requests, shared by all in this process who ask for as many."""
+        with _guard:
+            return self._slots.setdefault(count, asyncio.Semaphore(count))
 
     @property
     def is_current(self) -> bool:

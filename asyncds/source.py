@@ -170,7 +170,13 @@ class _Runtime:
         source_counters = source.counters
         self.store = source.recipe.make(concurrency, retry)
         self.fetcher = Fetcher(
-            self.store, source.cache, concurrency=concurrency, retry=retry, tag=source.tag, counters=source_counters
+            self.store,
+            source.cache,
+            concurrency=concurrency,
+            retry=retry,
+            tag=source.tag,
+            counters=source_counters,
+            slots=self.portal.slots(concurrency),
         )
         self.close = util.Finalize(source, self._shut, exitpriority=_FIRST_TO_CLOSE)
 
