@@ -134,7 +134,7 @@ class Cache:
         self.faults = 0
         self._objects = self.directory / "objects"
         self._limit = limit
-        self._warned = False
+        self._warned = self._full = self._said_full = False
         self._reading = threading.Lock()
         self._writing = threading.Lock()
         self._reader: sqlite3.Connection | None = None
@@ -229,6 +229,7 @@ class Cache:
             notes = [(key, _Written(0, None, pack_header(key, etag, b""))) for key, etag in noted]
             if written or notes:
                 self._commit([*written, *notes], tag)
+            self._warn_if_full()
             kept = present.keys() | {key for key, _ in written}
             return sum(entry_key(entry.object, entry.etag) in kept for entry in entries)
         except _FAULTS as error:
@@ -240,7 +241,10 @@ class Cache:
         room, rows = self._room(), dict[bytes, _Written]()
         for entry in entries:
             key, size = entry_key(entry.object, entry.etag), _on_disk(len(entry.body))
-            if key in rows or size > room:
+            if key in rows:
+                continue
+            if size > room:
+                self._full = True
                 continue
             try:
                 rows[key] = self._write(key, entry)
@@ -377,6 +381,15 @@ class Cache:
         with self._reading:
             (value,) = self._connected().execute("SELECT value FROM Settings WHERE key = ?", (name,)).fetchone()
         return int(value)
+
+    def _warn_if_full(self) -> None:
+        if self._full and not self._said_full:
+            self._said_full = True
+            warnings.warn(
+                f"the cache in {self.directory} is full: what does not fit is downloaded again in each epoch; "
+                "raise ASYNCDS_CACHE_SIZE, or set ASYNCDS_CACHE_DIR to a larger disk",
+                stacklevel=4,
+            )
 
     def _degrade(self, what: str, error: Exception) -> None:
         self.faults += 1

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def warm(uri: str, match: str | None, limit: int | None, quiet: bool, **options:
 
     recipe = StoreRecipe.of(**{name: value for name, value in options.items() if value is not None})
     source = Source(recipe, uri, match=match, limit=limit)
+    warnings.filterwarnings("ignore", "the cache in .* is full")  # the report says how much did not fit
     try:
         report = source.warm(progress=not quiet)
     except KeyboardInterrupt:

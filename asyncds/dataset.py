@@ -36,7 +36,7 @@ class _Common(Options):
 
     region: NotRequired[str | None]
     endpoint: NotRequired[str | None]
-    transform: NotRequired[Callable[[S3Reader], Any]]
+    transform: NotRequired[Callable[[S3Reader], Any] | None]
     target_transform: NotRequired[Callable[[Any], Any] | None]
     s3client_config: NotRequired[Any]
     profile: NotRequired[str | None]
@@ -185,7 +185,7 @@ class CachedS3MapDataset(Dataset[Any]):
         if unknown:
             known = ", ".join(sorted(_Common.__annotations__))
             raise ConfigurationError(f"no argument or setting is called {min(unknown)!r}; there are {known}")
-        transform = arguments.pop("transform", _identity)
+        transform = arguments.pop("transform", None) or _identity
         target_transform = arguments.pop("target_transform", None)
         return cls([_Part(Source(StoreRecipe.of(**arguments), uri, **table), transform, target_transform)])
 
@@ -290,12 +290,19 @@ class CachedS3MapDataset(Dataset[Any]):
             self._rows,
         )
 
-    def __add__(self, other: Dataset[Any]) -> "CachedS3MapDataset":  # type: ignore[override]
-        """Return the samples of both, one after the other. Texts as labels must be numbered alike in both."""
+    def __add__(self, other: Dataset[Any]) -> Any:
+        """Return the samples of both, one after the other. Texts as labels must be numbered alike in both.
+
+        The sum with a dataset of another kind is torch's `ConcatDataset`, which reads sample by sample.
+        """
+        if not isinstance(other, Dataset):
+            raise ConfigurationError(f"a {type(other).__name__} cannot be added to a dataset: add another dataset")
         if not isinstance(other, CachedS3MapDataset):
-            raise ConfigurationError(f"cannot add a {type(other).__name__}: use torch.utils.data.ConcatDataset")
-        ours, theirs = (d._manifest().classes for d in (self, other))
-        if ours != theirs:
+            return super().__add__(other)
+        ours, theirs = (d._manifest() for d in (self, other))
+        if (ours.labels is None) != (theirs.labels is None):
+            raise ConfigurationError("only one of the two datasets has labels: give labels to both, or to none")
+        if ours.classes != theirs.classes:
             raise ConfigurationError(
                 "the labels of the two datasets number different classes: give both integer labels"
             )

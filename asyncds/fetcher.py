@@ -25,6 +25,9 @@ _log = logging.getLogger(__name__)
 _MEMORY = 32 << 20
 _LOOKUP = 200
 _STALE_S = 0.02
+_SLOWEST = 1e6  # bytes per second below which a large object may miss its deadline
+# What an unlisted object is taken for: much at first, and twice the largest once enough have been seen.
+_UNKNOWN, _ENOUGH = 1 << 20, 128
 _BATCH_ENTRIES = 256
 _BATCH_BYTES = 8 << 20
 
@@ -255,16 +258,20 @@ class Fetcher:
         window = _Window(self, 2 * self._concurrency, self._memory.size)
         try:
             for chunk in _chunks(infos):
-                looked = time.monotonic()
-                for info, found in zip(*self._lookup(chunk), strict=True):
-                    if found is None and time.monotonic() - looked > _STALE_S:
-                        (info,), (found,) = self._lookup([info])
-                    if found is not None:
-                        yield info, found
-                        continue
-                    window.launch(info)
-                    while window.full:
-                        yield await window.next()
+                while chunk:
+                    looked, (known, hits) = time.monotonic(), self._lookup(chunk)
+                    place = 0
+                    # A look-up that has grown old is made again: somebody may have fetched the rest meanwhile.
+                    while place < len(chunk) and (place == 0 or time.monotonic() - looked < _STALE_S):
+                        hit = hits[place]
+                        if hit is not None:
+                            yield known[place], hit
+                        else:
+                            window.launch(known[place])
+                        while window.full:
+                            yield await window.next()
+                        place += 1
+                    chunk = chunk[place:]
             while window.pending:
                 yield await window.next()
         finally:
@@ -300,8 +307,10 @@ class Fetcher:
             await close()
 
     def expected_size(self, info: ObjectInfo) -> int:
-        """Bytes of the object, as listed; where nobody knows the largest seen so far, and the first one goes alone."""
-        return info.size if info.size is not None else self._largest or self._memory.size
+        """Bytes of the object, as listed, or as others like it let expect."""
+        if info.size is not None:
+            return info.size
+        return max(2 * self._largest, _UNKNOWN if self._done < _ENOUGH else 0)
 
     def _lookup(self, infos: Sequence[ObjectInfo]) -> tuple[list[ObjectInfo], list[Fetched | None]]:
         if self._cache is None:
@@ -311,8 +320,9 @@ class Fetcher:
     # one download
 
     async def _fly(self, info: ObjectInfo, arrived: asyncio.Future[Fetched]) -> None:
-        async with self._memory.hold(self.expected_size(info)):
-            fetched = await self._retry(lambda: self._attempt(info), info.uri, self._slots)
+        size = self.expected_size(info)
+        async with self._memory.hold(size):
+            fetched = await self._retry(lambda: self._attempt(info), info.uri, self._slots, size / _SLOWEST)
             self._largest = max(self._largest, len(fetched.body))
             self._done += 1
             self._count(gets=1, bytes=len(fetched.body))

@@ -49,6 +49,8 @@ class Table:
         self._limit = limit
         self._label = label
         self.path = folder / f"run-{uuid4().hex}.manifest"
+        # Runs list one after the other only where the later ones can use what the first has listed.
+        self.lock = (self._saved if max_age > 0 else self.path).with_suffix(".lock")
         self.owner = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -67,6 +69,8 @@ class Table:
 
     def manifest(self) -> Manifest:
         """Return the table, listing if nobody has. Raises `EmptyDataset` if nothing is left to train from."""
+        if self._manifest is not None:
+            return self._manifest
         with _making:
             if self._manifest is None:
                 self._manifest = self._shared() or self._made()
@@ -85,18 +89,19 @@ class Table:
         return Manifest.open(self.path, verify=False)
 
     def _made(self) -> Manifest:
-        with _locked(self._saved.with_suffix(".lock")):
+        with _locked(self.lock):
             manifest = self._shared()
             if manifest is None:
                 manifest = self._chosen()
                 with contextlib.suppress(OSError):
                     manifest.save(self.path)
-                    _prune(self._folder)
+                    _prune(self._folder.parent)
         return manifest
 
     def _chosen(self) -> Manifest:
         """List, or take the saved listing; then filter, cut and label."""
-        assert self._make is not None, "a pickled table has its file"
+        if self._make is None:
+            raise ConfigurationError(f"{self._name}: the process that pickled this dataset is gone: make a new one")
         manifest = self._recent()
         if manifest is not None:
             manifest = manifest.select(self._match, self._limit)
@@ -125,12 +130,12 @@ class Table:
 
 # Threads wait for each other here, processes for the lock of the file. One for all tables: a lock of each would have to
 # be left out of pickles, and a child that was forked while a thread listed must not wait for that thread.
-_making = threading.Lock()
+_making = threading.RLock()
 
 
 def _unlock_in_child() -> None:
     global _making
-    _making = threading.Lock()
+    _making = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_unlock_in_child)
@@ -161,8 +166,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _prune(folder: Path) -> None:
-    """Delete what runs left that were killed."""
-    for path in folder.glob("run-*.manifest"):
+    """Delete what runs left that were killed, a week later."""
+    for path in [*folder.glob("manifests/run-*"), *folder.glob("stats/*")]:
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _KEPT_S:
                 path.unlink()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from asyncds.errors import DatasetClosed
+from asyncds.errors import ConfigurationError, DatasetClosed
 
 __all__ = ["Portal"]
 
@@ -55,7 +55,8 @@ class Portal:
             if _current is self:
                 _current = None
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        if not self.is_current:
+            self._thread.join()
 
     def slots(self, count: int) -> asyncio.Semaphore:
         """So many slots for requests, shared by all in this process who ask for as many."""
@@ -81,6 +82,9 @@ class Portal:
         An interrupt of the caller cancels it, waits until it has ended, and goes on. Raises `DatasetClosed` where the
         loop ends first.
         """
+        if self.is_current:
+            coroutine.close()
+            raise ConfigurationError("a callback that runs during listing or fetching must not read a dataset itself")
         ended = threading.Event()
         future = self.start(_telling(coroutine, ended))
         try:

@@ -46,33 +46,36 @@ class Retry:
         attempt: Callable[[], Awaitable[T]],
         what: str,
         slots: AbstractAsyncContextManager[object] = nullcontext(),  # noqa: B008 - stateless
+        allowance: float = 0.0,
     ) -> T:
         """Return the first success of `attempt()`, each made while holding `slots`.
+
+        `allowance` is added to the deadline, in seconds: what is large takes longer.
 
         Raises the last error with attempts, seconds and remedy in its message, or `DeadlineExceeded`. Cancelling the
         call cancels the attempt and waits for it.
         """
-        spent, tries, last = 0.0, 0, ""
+        spent, tries, last, deadline = 0.0, 0, "", self.deadline + allowance
         while True:
             tries += 1
             async with slots:
                 started = time.monotonic()
                 try:
-                    async with asyncio.timeout(self.deadline - spent) as clock:
+                    async with asyncio.timeout(deadline - spent) as clock:
                         result = await attempt()
                     self.reached = True
                     return result
                 except TimeoutError as error:
                     if isinstance(error, AsyncdsError) or not clock.expired():
                         raise
-                    story = f"{what}: no complete answer within {self.deadline:g} s in {tries} attempts"
+                    story = f"{what}: no complete answer within {deadline:.4g} s in {tries} attempts"
                     raise DeadlineExceeded(f"{story}{last}; raise ASYNCDS_DEADLINE if that is expected") from None
                 except AsyncdsError as error:
                     failure = error
                 spent += time.monotonic() - started
             self.reached = self.reached or not isinstance(failure, EndpointUnreachable)
             delay = pause(tries)
-            limit = self.deadline if self.reached else min(self.deadline, self.first_contact)
+            limit = deadline if self.reached else min(deadline, self.first_contact)
             if not failure.transient or tries > self.retries or spent + delay > limit:
                 raise _told(failure, tries, spent) from failure
             last = f", the last one: {failure}"

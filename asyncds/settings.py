@@ -121,6 +121,8 @@ class Settings(BaseSettings):
             super().__init__(_env_file=env_file, **values)
         except ValidationError as error:
             raise ConfigurationError(_explain(type(self).model_fields, values, error)) from None
+        except (UnicodeDecodeError, OSError) as error:
+            raise ConfigurationError(f"{env_file}: cannot be read as UTF-8 ({error})") from None
         self._dotenv = None if env_file is None else Path(env_file).absolute()
 
     @classmethod

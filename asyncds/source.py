@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -94,7 +95,7 @@ class StoreRecipe:
             unsigned=self.unsigned,
             path_style=self.path_style,
             profile=self.profile,
-            own_session=self.session_factory is not None,
+            session=self.session_factory() if self.session_factory is not None else None,
         )
 
     def make(self, concurrency: int, retry: Retry) -> ObjectStore:
@@ -178,14 +179,24 @@ class _Runtime:
             counters=source_counters,
             slots=self.portal.slots(concurrency),
         )
-        self.close = util.Finalize(source, self._shut, exitpriority=_FIRST_TO_CLOSE)
+        self.close = util.Finalize(None, self._shut, exitpriority=_FIRST_TO_CLOSE)
+        weakref.finalize(source, self._dropped).atexit = False
 
     def _shut(self) -> None:
-        if self.portal.is_current:  # the garbage collector may come by on the loop's own thread, which cannot wait
-            threading.Thread(target=self._shut, name="asyncds-closing").start()
-            return
         with contextlib.suppress(Exception):
             self.portal.call(self.fetcher.aclose())
+        self.portal.leave()
+
+    def _dropped(self) -> None:
+        """The garbage collector comes by on any thread, also on one that closing waits for: leave it to the loop."""
+        if self.close.still_active() and self.pid == os.getpid() and self.portal.alive:
+            self.close.cancel()
+            with contextlib.suppress(RuntimeError):
+                self.portal.start(self._wind_up())
+
+    async def _wind_up(self) -> None:
+        with contextlib.suppress(Exception):
+            await self.fetcher.aclose()
         self.portal.leave()
 
 
@@ -234,6 +245,8 @@ class Source:
         self._closed = False
         self._final: dict[str, float] | None = None
         self._litter = [self.table.path, self.counters.path]
+        if self.table.lock.stem == self.table.path.stem:
+            self._litter.append(self.table.lock)
         util.Finalize(self, _remove, (self._litter,), exitpriority=_LAST_TO_CLOSE)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ class ImageTransform:
 
     `mode` is the PIL mode to convert the image to (`"RGB"`, `"L"`; None leaves it as it is). `as_="pil"` hands on a
     `PIL.Image.Image`, for torchvision; `as_="numpy"` an array of shape (height, width[, channels]) and dtype uint8,
-    given to transforms of albumentations as `image=`. Without `transform` the image is the sample.
+    which transforms of albumentations are given in any case, as `image=`. Without `transform` the image is the sample.
 
     Picklable if `transform` is. Needs pillow (`pip install "asyncds[vision]"`). Raises PIL's errors for broken images.
     """
@@ -29,7 +29,7 @@ class ImageTransform:
             raise ConfigurationError(f"as_={as_!r}: must be 'pil' or 'numpy'")
         self._transform = transform
         self._mode = mode
-        self._as = as_
+        self._as = "numpy" if _is_albumentation(transform) else as_
 
     def __call__(self, object: S3Reader) -> Any:
         import numpy as np

@@ -701,3 +701,10 @@ def test_folder_of_a_newer_or_unknown_format_is_refused(tmp_path, content, messa
     with pytest.raises(CacheError, match=message):
         Cache(tmp_path)
     assert cache.get_many(keys) == [Entry("v1", b"kept")]
+
+
+def test_full_cache_says_so_once(tmp_path):
+    cache = Cache(tmp_path, limit=1)
+    with pytest.warns(UserWarning, match=r"is full: .* raise ASYNCDS_CACHE_SIZE") as caught:
+        assert [cache.put_many([new(number, b"x")]) for number in range(3)] == [0, 0, 0]
+    assert len(caught) == 1

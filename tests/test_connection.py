@@ -216,3 +216,33 @@ def test_repr_shows_no_secret(monkeypatch):
     shown = repr(resolve(monkeypatch, AWS | {"AWS_SESSION_TOKEN": "aws-token"} | LOCAL_URL))
     assert "http://localhost:9000" in shown
     assert not any(secret in shown for secret in ("aws-key", "aws-secret", "aws-token"))
+
+
+CONFIGURED = """
+[profile one]
+endpoint_url = http://localhost:1111
+[profile two]
+services = there
+[services there]
+s3 =
+  endpoint_url = http://localhost:2222
+[profile three]
+endpoint_url = http://localhost:3333
+ignore_configured_endpoint_urls = true
+"""
+
+
+@pytest.mark.parametrize(
+    ("profile", "endpoint"), [("one", "http://localhost:1111"), ("two", "http://localhost:2222"), ("three", None)]
+)
+def test_endpoint_of_the_aws_configuration_is_known_to_the_cache(monkeypatch, tmp_path, profile, endpoint):
+    (tmp_path / "config").write_text(CONFIGURED)
+    connection = resolve(monkeypatch, {"AWS_CONFIG_FILE": str(tmp_path / "config")}, profile=profile)
+    assert (connection.endpoint, connection.path_style) == (endpoint, endpoint and True)
+    assert connection.identity == (endpoint or "https://s3.amazonaws.com")
+
+
+@pytest.mark.parametrize("url", ["http://local host:9000", f"http://{'x' * 64}.example", "http://localhost:99999"])
+def test_host_or_port_that_cannot_be_is_refused(monkeypatch, url):
+    with pytest.raises(ConfigurationError, match="a host and port that can be"):
+        resolve(monkeypatch, {}, endpoint=url)

@@ -24,6 +24,7 @@ from torch.utils.data import (
     DataLoader,
     DistributedSampler,
     Subset,
+    TensorDataset,
     WeightedRandomSampler,
     default_collate,
     random_split,
@@ -461,10 +462,18 @@ def test_sum_of_different_classes_is_refused(store):
             all_classes + fewer
 
 
-def test_sum_with_another_kind_of_dataset_names_what_to_use(dataset):
-    with pytest.raises(ConfigurationError, match="ConcatDataset"):
+def test_sum_with_another_kind_of_dataset_is_torchs(dataset):
+    with pytest.raises(ConfigurationError, match="list cannot be added"):
         operator.add(dataset, ["x"])
-    assert [*ConcatDataset([dataset, ["x"]])] == [*KEYS, "x"]
+    both = dataset + TensorDataset(torch.zeros(2))
+    assert isinstance(both, ConcatDataset)
+    assert (len(both), both[0]) == (len(KEYS) + 2, KEYS[0])
+
+
+def test_sum_of_labelled_and_unlabelled_samples_is_refused(dataset, store):
+    labelled = CachedS3MapDataset.from_objects(["s3://mnist/a"], [1], store=store)
+    with labelled, pytest.raises(ConfigurationError, match="only one of the two"):
+        operator.add(dataset, labelled)
 
 
 # the batch path

@@ -1,6 +1,7 @@
 """The portal: one loop per process, started with its first user, gone with its last, never carried across a fork."""
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -15,6 +16,15 @@ from asyncds import portal as module
 from asyncds.portal import Portal
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def nobody_uses_a_loop():
+    """Datasets that other tests have dropped give their loop back when they are collected."""
+    gc.collect()
+    if module._current is not None:
+        module._current._thread.join(10)
+    assert module._current is None
 
 
 @pytest.fixture

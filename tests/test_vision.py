@@ -143,3 +143,8 @@ def test_corrupt_image_keeps_the_error_of_pil_and_names_the_object(damage, error
     assert type(raised) is error
     said = "\n".join([str(raised), *getattr(raised, "__notes__", ())])
     assert "while transforming s3://mnist/train/1.png" in said
+
+
+def test_albumentations_get_arrays_without_being_told(png):
+    sample = ImageTransform(albumentations.HorizontalFlip(p=1))(reader(png(7)))
+    assert isinstance(sample, np.ndarray)

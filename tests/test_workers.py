@@ -23,7 +23,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from asyncds import CachedS3MapDataset, Connection, S3Reader, S3Store, Settings
-from asyncds.errors import AccessDenied, DatasetClosed, DeadlineExceeded, ObjectChanged, ObjectNotFound, TransferFailed
+from asyncds.errors import (
+    AccessDenied,
+    ConfigurationError,
+    DatasetClosed,
+    DeadlineExceeded,
+    ObjectChanged,
+    ObjectNotFound,
+    TransferFailed,
+)
 from asyncds.retry import Retry
 from asyncds.stats import Counters
 from asyncds.testing import Fault, S3Server
@@ -641,3 +649,59 @@ def test_pickling_a_closed_dataset_says_that_it_is_closed(bucket):
     dataset.close()
     with pytest.raises(DatasetClosed, match="closed"):
         pickle.dumps(dataset)
+
+
+DROPPED = """
+import gc, threading
+from asyncds import CachedS3MapDataset
+from asyncds.cache import Cache
+
+put_many = Cache.put_many
+
+def collecting(self, *arguments):
+    gc.collect()
+    return put_many(self, *arguments)
+
+def fails(object):
+    raise LookupError(object.key)
+
+Cache.put_many = collecting
+for _ in range(5):
+    dataset = CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=fails)
+    try:
+        dataset.__getitems__(range(40))
+    except LookupError:
+        pass
+    del dataset
+print("done")
+"""
+
+
+def test_dataset_that_is_collected_on_any_thread_hangs_nobody(bucket):
+    done = run_script(DROPPED)
+    assert (done.stdout, done.stderr, done.returncode) == (b"done\n", b"", 0)
+
+
+CALLBACKS = """
+from asyncds import CachedS3MapDataset
+
+first = CachedS3MapDataset.from_prefix("s3://mnist/train/")
+second = CachedS3MapDataset.from_prefix("s3://mnist/train/", label=lambda key: len(first))
+print(len(second) == len(first))
+keys = {info.key for info in first.manifest}
+third = CachedS3MapDataset.from_prefix("s3://mnist/train/", match=lambda key: key in {i.key for i in first.manifest})
+print(len(third) == len(keys))
+"""
+
+
+def test_label_and_match_may_look_at_another_dataset(bucket):
+    done = run_script(CALLBACKS)
+    assert (done.stdout, done.stderr) == (b"True\nTrue\n", b"")
+
+
+def test_pickle_that_outlives_the_process_says_so(bucket):
+    script = "import sys, pickle; from asyncds import CachedS3MapDataset\n"
+    script += "sys.stdout.buffer.write(pickle.dumps(CachedS3MapDataset.from_prefix('s3://mnist/train/')))"
+    dataset = pickle.loads(run_script(script).stdout)
+    with pytest.raises(ConfigurationError, match="the process that pickled this dataset is gone"):
+        len(dataset)

@@ -1,6 +1,7 @@
 """Which endpoint, which region, whose credentials: a pure decision from settings and arguments."""
 
 import ipaddress
+import re
 import warnings
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from asyncds.settings import Settings
 __all__ = ["Connection"]
 
 _AWS = "https://s3.amazonaws.com"
+_HOST = re.compile(r"(?!.*[-\w]{64})[-.:%\w]+")
 _PRIVATE_SUFFIXES = (".local", ".localhost", ".internal", ".lan", ".home.arpa", ".cluster.local", ".svc")
 
 
@@ -47,10 +49,10 @@ class Connection:
         unsigned: bool = False,
         path_style: bool | None = None,
         profile: str | None = None,
-        own_session: bool = False,
+        session: Any = None,
     ) -> "Connection":
-        """Decide. A `profile` that is given here comes before keys of the environment; with `own_session` the caller
-        brings a session, and its credentials count.
+        """Decide. A `profile` that is given here comes before keys of the environment; where the caller brings a
+        `session`, its credentials count. An endpoint that only the AWS configuration names is found there.
 
         Raises `ConfigurationError` for an endpoint with a missing or superfluous scheme, or half a pair of keys.
         """
@@ -58,8 +60,10 @@ class Connection:
             keys = dict.fromkeys(("access_key", "secret_key", "session_token"))
             settings = settings.model_copy(update=keys | {"profile": profile})
         family, url = _family(settings, None if endpoint is None else _checked(endpoint, "endpoint"))
+        if family == "AWS" and url is None:
+            url = _configured_endpoint(session, settings.profile)
         _warn_of_plain_http(url)
-        access, secret, token = (None, None, None) if own_session else _keys(settings, family)
+        access, secret, token = (None, None, None) if session is not None else _keys(settings, family)
         if (access is None) != (secret is None):
             names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
             names = names if family == "AWS" else ("MINIO_ACCESS_KEY", "MINIO_SECRET_KEY")
@@ -123,14 +127,41 @@ def _family(settings: Settings, endpoint: str | None) -> tuple[Literal["AWS", "M
     return ("MINIO" if settings.minio_access_key and not aws_named and not _is_aws(endpoint) else "AWS"), endpoint
 
 
+def _configured_endpoint(session: Any, profile: str | None) -> str | None:
+    """What the user's session, or the AWS configuration and its profile, name as the endpoint of S3.
+
+    botocore would use it anyway; the cache has to know, because the same name is another object elsewhere.
+    """
+    from botocore.configprovider import ConfiguredEndpointProvider
+    from botocore.exceptions import BotoCoreError, ProfileNotFound
+    from botocore.session import Session
+
+    inner = getattr(session, "_session", session) if session is not None else Session(profile=profile)
+    try:
+        config, scoped = inner.full_config, inner.get_scoped_config()
+    except ProfileNotFound:
+        return None  # the client says so, when there is something to ask
+    except BotoCoreError as error:
+        raise ConfigurationError(f"the AWS configuration cannot be used: {error}") from None
+    if str(scoped.get("ignore_configured_endpoint_urls", "")).lower() == "true":
+        return None
+    url = ConfiguredEndpointProvider(config, scoped, "s3", environ={}).provide()
+    return None if url is None else _checked(url, "endpoint_url in the AWS configuration")
+
+
 def _checked(url: str, name: str) -> str:
     if "@" in url:
         raise ConfigurationError(f"{name} must hold no user name or password: use the variables for keys instead")
     try:
         parts = urlsplit(url)
-        complete = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+        complete = parts.scheme in ("http", "https") and bool(parts.hostname)
+        possible = bool(_HOST.fullmatch(parts.hostname or "")) and (parts.port or 1) > 0
     except ValueError:
-        complete = False
+        complete, possible = "://" in url, False
+    if complete and not possible:
+        raise ConfigurationError(
+            f"{name}={url!r} is no http:// or https:// URL with a host and port that can be: write http://host:port"
+        )
     if not complete:
         bare = url.rpartition("://")[2].removeprefix("//")
         scheme = "http" if _is_private(bare.partition("/")[0].rpartition(":")[0] or bare) else "https"

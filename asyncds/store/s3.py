@@ -12,7 +12,7 @@ import aiohttp
 from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 
-from asyncds.errors import ConfigurationError, ObjectChanged, StoreError, TransferFailed
+from asyncds.errors import BucketNotFound, ConfigurationError, ObjectChanged, ObjectNotFound, StoreError, TransferFailed
 from asyncds.manifest import ObjectInfo, normalise_etag
 from asyncds.retry import Retry
 from asyncds.store.connection import Connection
@@ -75,7 +75,7 @@ class S3Store:
         """Yield pages of up to 1,000 objects, each page retried within the deadline."""
         what = f"listing s3://{bucket}/{prefix}"
         client = await self._opened(what)
-        arguments = {"Bucket": bucket, "Prefix": prefix}
+        arguments, seen = {"Bucket": bucket, "Prefix": prefix}, set[str]()
         while True:
             page = await self._retry(partial(self._page, client, arguments, what), what)
             yield [
@@ -85,8 +85,9 @@ class S3Store:
             token = page.get("NextContinuationToken")
             if not page.get("IsTruncated"):
                 return
-            if not token or token == arguments.get("ContinuationToken"):
-                raise TransferFailed(f"{what}: the store says that there is more, and not where it goes on")
+            if not token or token in seen:
+                raise TransferFailed(f"{what}: the store says that there is more, and leads in a circle")
+            seen.add(token)
             arguments = arguments | {"ContinuationToken": token}
 
     async def get(self, info: ObjectInfo) -> tuple[ObjectInfo, bytes]:
@@ -201,7 +202,10 @@ class S3Store:
     # the client
 
     async def _page(self, client: Any, arguments: dict[str, str], what: str) -> Any:
-        page = await self._asked(client.list_objects_v2, arguments, what)
+        try:
+            page = await self._asked(client.list_objects_v2, arguments, what)
+        except ObjectNotFound:  # a 404 that does not say NoSuchBucket
+            raise BucketNotFound(f"{what}: no S3 server answers here (404); check the endpoint") from None
         if "IsTruncated" not in page:  # botocore takes any page of HTML for a listing of nothing
             raise TransferFailed(f"{what}: the answer is no listing").because("check that the endpoint is an S3 server")
         return page
@@ -257,7 +261,7 @@ class S3Store:
         style = {True: {"addressing_style": "path"}, False: {"addressing_style": "virtual"}, None: None}
         config = AioConfig(
             max_pool_connections=self._concurrency,
-            connect_timeout=self._timeout,
+            connect_timeout=min(self._timeout, self._retry.first_contact),
             read_timeout=self._timeout,
             retries={"total_max_attempts": 1},
             s3=style[connection.path_style],

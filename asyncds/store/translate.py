@@ -50,6 +50,9 @@ def translate(error: Exception, what: str, hint: str = "") -> AsyncdsError:
             return known
     if isinstance(error, boto.ClientError):
         return _of_response(error.response, what, hint)
+    if any(sign in f"{error} {_reason(error)}" for sign in ("WRONG_VERSION_NUMBER", "RECORD_LAYER")):
+        remedy = "write http:// in the endpoint, or MINIO_SECURE=false"
+        return ConfigurationError(f"{what}: the server speaks plain http, not TLS; {remedy}")
     if isinstance(error, boto.SSLError) or isinstance(error.__cause__, ssl.SSLCertVerificationError):
         return StoreError(f"{what}: TLS is refused ({_reason(error)}); check the host name, or AWS_CA_BUNDLE")
     if isinstance(error, NoConnection):
