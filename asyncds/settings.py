@@ -81,7 +81,7 @@ class Settings(BaseSettings):
         env_prefix="ASYNCDS_", env_ignore_empty=True, extra="ignore", frozen=True, populate_by_name=True
     )
 
-    concurrency: int = Field(128, ge=1, le=4096, description="requests in flight per rank, shared out over its workers")
+    concurrency: int = Field(256, ge=1, le=4096, description="requests in flight per rank, shared out over its workers")
     cache_dir: Annotated[Path, BeforeValidator(_directory)] = Field(
         default_factory=platformdirs.user_cache_path,
         description="directory in which asyncds makes its own folder, `asyncds`",

@@ -222,7 +222,7 @@ def test_environment_is_never_written():
 def test_unknown_variable_is_ignored_but_unknown_argument_rejected(monkeypatch):
     monkeypatch.setenv("ASYNCDS_CONCURENCY", "5")
     env_file(MNIST_BUCKET_NAME="mnist", ASYNCDS_NONSENSE="1")
-    assert Settings().concurrency == 128
+    assert Settings().concurrency == 256
     with pytest.raises(ConfigurationError) as caught:
         Settings(concurency=5)
     assert "'concurency'" in str(caught.value)

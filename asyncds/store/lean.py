@@ -102,7 +102,7 @@ class Template:
         hashed = hashlib.sha256(canonical.encode()).hexdigest()
         text = f"{_ALGORITHM}\n{stamp}\n{scope}\n{hashed}"
         key = self._key_of_the_day(stamp[:8], credentials)
-        return names, hmac.new(key, text.encode(), hashlib.sha256).hexdigest(), scope
+        return names, hmac.digest(key, text.encode(), "sha256").hex(), scope
 
     def _key_of_the_day(self, day: str, credentials: Credentials) -> bytes:
         if (day, credentials) != (self._day, self._day_of):

@@ -45,6 +45,7 @@ class S3Store:
         session_factory: Callable[[], Any] | None = None,
     ) -> None:
         self.connection = connection
+        self._endpoint = connection.identity
         self.lanes = {"lean": 0, "full": 0}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._concurrency = concurrency
@@ -67,7 +68,7 @@ class S3Store:
     @property
     def endpoint(self) -> str:
         """The endpoint's identity; all of AWS is one."""
-        return self.connection.identity
+        return self._endpoint
 
     # the three methods of an ObjectStore
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.transforms import v2
+from torchvision import transforms
 
 from asyncds import CachedS3MapDataset
 from asyncds.testing import S3Server
@@ -32,7 +32,7 @@ from asyncds.testing import S3Server
 BATCH = 200
 BUCKET = "mnist"
 PER_SAMPLE_SHARE = 0.2
-decode = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.5,), (0.5,))])
+decode = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])  # as in the tutorials
 
 
 class OpenedImage:
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--concurrency", type=int, default=128)
+    parser.add_argument("--concurrency", type=int, default=256)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
