@@ -11,7 +11,7 @@ from typing import Any, NotRequired, Self, Unpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, get_worker_info, random_split
+from torch.utils.data import Dataset, random_split
 
 from asyncds.errors import ConfigurationError
 from asyncds.fetcher import Fetched
@@ -427,11 +427,8 @@ class _Batch:
         return fetched
 
     def settle(self) -> None:
-        """Count the batch, and in a worker wait until the cache has it: the next to ask may be another worker.
-
-        Within a process there is no need: what is on its way to the cache is found there, and not fetched again.
-        """
-        if self._arrivals is not None and get_worker_info() is not None:
+        """Wait until the cache has the batch, and count it."""
+        if self._arrivals is not None:
             started = time.perf_counter()
             self._arrivals.settle()
             self._blocked += time.perf_counter() - started
