@@ -246,10 +246,11 @@ class Fetcher:
         What is requested runs ahead of the consumer by at most twice the concurrency, and by `memory` bytes: one who is
         slow holds it up.
         """
-        async for _, result in self.outcomes(infos):
-            if isinstance(result, BaseException):
-                raise result
-            yield result
+        async with contextlib.aclosing(self.outcomes(infos)) as outcomes:
+            async for _, result in outcomes:
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
 
     async def outcomes(
         self, infos: Iterable[ObjectInfo]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import aclosing
 from typing import NamedTuple
 
 from asyncds.cache import Cache
@@ -63,18 +64,19 @@ async def warm(fetcher: Fetcher, missing: Missing, counters: Counters, advance: 
     started, before, shown = time.monotonic(), counters.total(), 0
     fetched, size, failures = 0, 0, list[str]()
     try:
-        async for _, result in fetcher.outcomes(missing):
-            if isinstance(result, DatasetClosed | EndpointUnreachable):
-                raise result
-            if isinstance(result, AsyncdsError):
-                failures.append(str(result))
-                if not fetched and len(failures) >= _HOPELESS:
+        async with aclosing(fetcher.outcomes(missing)) as outcomes:
+            async for _, result in outcomes:
+                if isinstance(result, DatasetClosed | EndpointUnreachable):
                     raise result
-            else:
-                fetched, size = fetched + 1, size + len(result.body)
-            done = missing.resident + fetched + len(failures)
-            advance(done - shown, note=f"{size / 1e6:,.1f} MB, {len(failures)} failed")
-            shown = done
+                if isinstance(result, AsyncdsError):
+                    failures.append(str(result))
+                    if not fetched and len(failures) >= _HOPELESS:
+                        raise result
+                else:
+                    fetched, size = fetched + 1, size + len(result.body)
+                done = missing.resident + fetched + len(failures)
+                advance(done - shown, note=f"{size / 1e6:,.1f} MB, {len(failures)} failed")
+                shown = done
     finally:
         await fetcher.flush()
     uncached = int(counters.total()["uncached"] - before["uncached"])
