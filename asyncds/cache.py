@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import diskcache
 
-from asyncds.entry import FIRST_SEEN, Entry, NewEntry, entry_key, pack_header, unpack
+from asyncds.entry import FIRST_SEEN, Entry, NewEntry, entry_key, pack_header, read_entry, unpack
 from asyncds.errors import CacheError
 
 __all__ = ["Cache"]
@@ -198,22 +198,25 @@ class Cache:
         """The entry of a row, or None after what fails a check was removed."""
         filename, value = row
         try:
-            value = value if filename is None else self._file(filename)
+            if filename is not None:
+                entry = self._file(key, filename)
+            else:
+                entry = unpack(key, value) if isinstance(value, bytes) else None
         except OSError as error:
             if error.errno not in _NO_FILE_OF_OURS:
                 self._degrade("read", error)
                 return None
-        entry = unpack(key, value) if isinstance(value, bytes) else None
+            entry = None
         if entry is None:
             self.remove([key])
         return entry
 
-    def _file(self, filename: str) -> bytes | None:
+    def _file(self, key: bytes, filename: str) -> Entry | None:
         if not isinstance(filename, str) or not _FILE_NAME.fullmatch(filename):
             return None
         descriptor = os.open(self._objects / filename, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb", buffering=0) as file:
-            return file.read()
+            return read_entry(key, file, os.fstat(descriptor).st_size)
 
     # writing
 

@@ -1,14 +1,15 @@
 """What a cached value looks like: who it is, what it should be, and then its bytes."""
 
+import io
 import struct
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import xxhash
 
 from asyncds.manifest import decode, encode, version_id
 
-__all__ = ["FIRST_SEEN", "Entry", "NewEntry", "entry_key", "object_id", "pack_header", "unpack"]
+__all__ = ["FIRST_SEEN", "Entry", "NewEntry", "entry_key", "object_id", "pack_header", "read_entry", "unpack"]
 
 FIRST_SEEN = bytes(16)
 """The version of the row that holds no bytes, but the ETag under which an object was first seen."""
@@ -18,6 +19,12 @@ FIRST_SEEN = bytes(16)
 _HEADER = struct.Struct("<4sIQ32sQ")
 _MAGIC = b"ads\x01"
 _CHECKSUM = struct.Struct("<Q")
+
+
+class Readable(Protocol):
+    """A file to read from."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 class Entry(NamedTuple):
@@ -56,19 +63,26 @@ def pack_header(key: bytes, etag: str, body: bytes) -> bytes:
 
 def unpack(key: bytes, value: bytes) -> Entry | None:
     """The entry in a value, or None if it is not the one asked for, or not exactly as it was written."""
-    if len(value) < _HEADER.size:
+    return read_entry(key, io.BytesIO(value), len(value))
+
+
+def read_entry(key: bytes, file: Readable, size: int) -> Entry | None:
+    """As `unpack`, from a file of so many bytes. The body is read by itself: a large one is not held twice."""
+    start = file.read(_HEADER.size)
+    if len(start) < _HEADER.size:
         return None
-    magic, text_length, length, name, checksum = _HEADER.unpack_from(value)
-    stop = _HEADER.size + text_length
-    start = stop + _CHECKSUM.size
-    if magic != _MAGIC or name != key or len(value) != start + length:
+    magic, text_length, length, name, checksum = _HEADER.unpack(start)
+    if magic != _MAGIC or name != key or size != _HEADER.size + text_length + _CHECKSUM.size + length:
         return None
-    if value[stop:start] != _CHECKSUM.pack(xxhash.xxh3_64_intdigest(value[:stop])):
+    text = file.read(text_length)
+    if file.read(_CHECKSUM.size) != _CHECKSUM.pack(xxhash.xxh3_64_intdigest(start + text)):
         return None
-    body = value[start:]
-    if xxhash.xxh3_64_intdigest(body) != checksum:
+    body = file.read(length)
+    while len(body) < length and (more := file.read(length - len(body))):  # the kernel reads 2 GiB at a time
+        body += more
+    if len(body) != length or xxhash.xxh3_64_intdigest(body) != checksum:
         return None
     try:
-        return Entry(decode(value[_HEADER.size : stop]), body)
+        return Entry(decode(text), body)
     except UnicodeDecodeError:
         return None

@@ -19,15 +19,14 @@ from asyncds.retry import Retry
 from asyncds.stats import Counters
 from asyncds.store.base import ObjectStore
 
-__all__ = ["Fetched", "Fetcher", "lookup"]
+__all__ = ["Fetched", "Fetcher", "Memory", "lookup"]
 
 _log = logging.getLogger(__name__)
 _MEMORY = 32 << 20
 _LOOKUP = 200
 _STALE_S = 0.02
 _SLOWEST = 1e6  # bytes per second below which a large object may miss its deadline
-# What an unlisted object is taken for: much at first, and twice the largest once enough have been seen.
-_UNKNOWN, _ENOUGH = 1 << 20, 128
+_UNLISTED = 64 << 10  # bytes that an object of unknown size is taken for at least, until its answer begins
 _BATCH_ENTRIES = 256
 _BATCH_BYTES = 8 << 20
 
@@ -93,39 +92,75 @@ def _chunks(infos: Iterable[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
 class Memory:
     """Bytes that may be on their way between socket and disk: first come, first served; a giant goes alone."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int = _MEMORY) -> None:
         self.size = size
         self._used = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
-    @contextlib.asynccontextmanager
-    async def hold(self, amount: int) -> AsyncGenerator[None, None]:
-        if self._waiting or not self._fits(amount):
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append((amount, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._give_back(amount)
-                raise
-        else:
+    async def take(self, amount: int) -> None:
+        """Wait until there is room for so many bytes, and take it; to be given back by `give_back`."""
+        if not self._waiting and self._fits(amount):
             self._used += amount
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((amount, turn))
         try:
-            yield
-        finally:
-            self._give_back(amount)
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.give_back(amount)
+            raise
 
-    def _fits(self, amount: int) -> bool:
-        return self._used == 0 or self._used + amount <= self.size
-
-    def _give_back(self, amount: int) -> None:
+    def give_back(self, amount: int) -> None:
         self._used -= amount
         while self._waiting and (self._waiting[0][1].cancelled() or self._fits(self._waiting[0][0])):
             next_amount, turn = self._waiting.popleft()
             if not turn.cancelled():
                 self._used += next_amount
                 turn.set_result(None)
+
+    def _fits(self, amount: int) -> bool:
+        return self._used == 0 or self._used + amount <= self.size
+
+
+class _Turn:
+    """A slot for one request, and room in memory for its answer. The room is kept where the attempt succeeds.
+
+    Whoever has room has a slot, too, and goes on: nobody can wait for the one while others wait for the other.
+    """
+
+    def __init__(self, slots: asyncio.Semaphore, memory: Memory, size: int) -> None:
+        self.size = size
+        self._slots = slots
+        self._memory = memory
+        self._held = 0
+
+    async def __aenter__(self) -> None:
+        await self._slots.acquire()
+        try:
+            await self.hold(self.size)
+        except BaseException:
+            self._slots.release()
+            raise
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._slots.release()
+        if kind is not None:
+            self.release()
+
+    async def hold(self, size: int) -> None:
+        """Hold room for so many bytes instead of what is held now. Nothing is held while waiting for more."""
+        self.size = size
+        if size <= self._held:
+            self._memory.give_back(self._held - size)
+        else:
+            self.release()
+            await self._memory.take(size)
+        self._held = size
+
+    def release(self) -> None:
+        held, self._held = self._held, 0
+        self._memory.give_back(held)
 
 
 class Flight:
@@ -156,13 +191,18 @@ class _Window:
         self._held += amount
         task = asyncio.create_task(self._settled(info))
         self.pending.add(task)
-        task.add_done_callback(lambda task: self._finished.put_nowait((info, task, amount)))
+        task.add_done_callback(lambda task: self._land(info, task, amount))
 
     async def _settled(self, info: ObjectInfo) -> Fetched:
         """The object, once the cache has it."""
         flight = self._fetcher.start(info)
         await asyncio.wait([flight.task])
         return flight.arrived.result()
+
+    def _land(self, info: ObjectInfo, task: asyncio.Task[Fetched], expected: int) -> None:
+        size = 0 if task.cancelled() or task.exception() is not None else len(task.result().body)
+        self._held += size - expected
+        self._finished.put_nowait((info, task, size))
 
     async def next(self) -> tuple[ObjectInfo, Fetched | AsyncdsError]:
         info, task, amount = await self._finished.get()
@@ -184,8 +224,8 @@ class _Window:
 class Fetcher:
     """Downloads objects from a store into a cache, at most one download per object at a time.
 
-    Lives on one event loop. At most `concurrency` requests are in flight, and `memory` bytes between socket and disk;
-    fetchers that are given the same `slots` share the former.
+    Lives on one event loop. At most `concurrency` requests are in flight, and 32 MiB between socket and disk; fetchers
+    that are given the same `slots` and `memory` share these bounds.
     A waiter that is cancelled or times out does not disturb the download, nor others who wait for it. A failure is
     told to all who wait, once, and not remembered.
 
@@ -201,27 +241,25 @@ class Fetcher:
         *,
         concurrency: int,
         retry: Retry,
-        memory: int = _MEMORY,
         tag: str = "",
         counters: Counters | None = None,
         slots: asyncio.Semaphore | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._store = store
         self._cache = cache
         self._concurrency = concurrency
         self._slots = slots or asyncio.Semaphore(concurrency)
         self._retry = retry
-        self._memory = Memory(memory)
+        self._memory = memory or Memory()
         self._tag = tag
         self._counters = counters
         self._flights: dict[tuple[str, str, str | None], Flight] = {}
-        self._largest = 0
         self._unwritten: deque[tuple[NewEntry, asyncio.Future[None]]] = deque()
         self._writing: asyncio.Task[None] | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="asyncds-writer")
         self._closed = False
-        self._done = 0
-        self._failed = 0
+        self._done = self._failed = self._bytes = 0
 
     def __repr__(self) -> str:
         return f"<Fetcher {len(self._flights)} in flight, {self._done} done, {self._failed} failed>"
@@ -243,8 +281,8 @@ class Fetcher:
     async def fetch(self, infos: Iterable[ObjectInfo]) -> AsyncGenerator[Fetched, None]:
         """Yield the objects as they arrive, in no particular order, each once; the first failure is raised.
 
-        What is requested runs ahead of the consumer by at most twice the concurrency, and by `memory` bytes: one who is
-        slow holds it up.
+        What is requested runs ahead of the consumer by at most twice the concurrency, and by the bytes of `memory`, as
+        far as sizes are known beforehand: one who is slow holds it up.
         """
         async with contextlib.aclosing(self.outcomes(infos)) as outcomes:
             async for _, result in outcomes:
@@ -308,10 +346,8 @@ class Fetcher:
             await close()
 
     def expected_size(self, info: ObjectInfo) -> int:
-        """Bytes of the object, as listed, or as others like it let expect."""
-        if info.size is not None:
-            return info.size
-        return max(2 * self._largest, _UNKNOWN if self._done < _ENOUGH else 0)
+        """Bytes of the object, as listed, or as the mean of the others lets expect."""
+        return info.size if info.size is not None else max(_UNLISTED, self._bytes // max(1, self._done))
 
     def _lookup(self, infos: Sequence[ObjectInfo]) -> tuple[list[ObjectInfo], list[Fetched | None]]:
         if self._cache is None:
@@ -321,20 +357,32 @@ class Fetcher:
     # one download
 
     async def _fly(self, info: ObjectInfo, arrived: asyncio.Future[Fetched]) -> None:
-        size = self.expected_size(info)
-        async with self._memory.hold(size):
-            fetched = await self._retry(lambda: self._attempt(info), info.uri, self._slots, size / _SLOWEST)
-            self._largest = max(self._largest, len(fetched.body))
+        turn = _Turn(self._slots, self._memory, self.expected_size(info))
+        try:
+            attempt = partial(self._attempt, info, turn)
+            fetched = await self._retry(attempt, info.uri, turn, turn.size / _SLOWEST)
+            await turn.hold(len(fetched.body))
             self._done += 1
+            self._bytes += len(fetched.body)
             self._count(gets=1, bytes=len(fetched.body))
             arrived.set_result(fetched)
             if self._cache is not None:
                 await self._publish(info, fetched)
+        finally:
+            turn.release()
 
-    async def _attempt(self, info: ObjectInfo) -> Fetched:
-        served, body = await self._store.get(info)
+    async def _attempt(self, info: ObjectInfo, turn: _Turn, clock: asyncio.Timeout) -> Fetched:
+        served, body = await self._store.get(info, partial(self._make_room, turn, clock))
         verify(info, served, body)
         return Fetched(served, body)
+
+    async def _make_room(self, turn: _Turn, clock: asyncio.Timeout, size: int) -> None:
+        """Wait for room for a body whose size the answer has told; the deadline waits, too."""
+        now, stop = asyncio.get_running_loop().time, clock.when()
+        left = (stop or now()) - now()
+        clock.reschedule(None)
+        await turn.hold(size)
+        clock.reschedule(now() + left)
 
     def _landed(self, key: tuple[str, str, str | None], flight: Flight) -> None:
         """Let go of a flight, and tell those who wait when it failed."""

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Hashable
 from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ class Portal:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self._users = 0
-        self._slots: dict[int, asyncio.Semaphore] = {}
+        self._shared: dict[Hashable, Any] = {}
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="asyncds-portal", daemon=True)
         self._thread.start()
@@ -58,10 +58,12 @@ class Portal:
         if not self.is_current:
             self._thread.join()
 
-    def slots(self, count: int) -> asyncio.Semaphore:
-        """So many slots for requests, shared by all in this process who ask for as many."""
+    def shared(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What all users of the loop have in common under this name; the first of them makes it."""
         with _guard:
-            return self._slots.setdefault(count, asyncio.Semaphore(count))
+            if name not in self._shared:
+                self._shared[name] = make()
+            return self._shared[name]  # type: ignore[no-any-return]
 
     @property
     def is_current(self) -> bool:

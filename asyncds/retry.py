@@ -1,7 +1,6 @@
 """One attempt loop for all that is asked of a store: full jitter, a deadline, an error that tells the story."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
@@ -31,7 +30,8 @@ class Retry:
     """Repeats what fails transiently, at most `retries` times and within `deadline` seconds.
 
     The clock runs during attempts and pauses, not while an attempt waits for its slot: a long queue is no fault of
-    the object that stands in it. An endpoint that has never answered is given up after `first_contact` seconds.
+    the object that stands in it. Each attempt is given the clock, and may stop it for the same reason. An endpoint that
+    has never answered is given up after `first_contact` seconds.
     Used from one event loop at a time.
     """
 
@@ -43,46 +43,49 @@ class Retry:
 
     async def __call__(
         self,
-        attempt: Callable[[], Awaitable[T]],
+        attempt: Callable[[asyncio.Timeout], Awaitable[T]],
         what: str,
         slots: AbstractAsyncContextManager[object] = nullcontext(),  # noqa: B008 - stateless
         allowance: float = 0.0,
     ) -> T:
-        """Return the first success of `attempt()`, each made while holding `slots`.
+        """Return the first success of `attempt(clock)`, each made while holding `slots`.
 
-        `allowance` is added to the deadline, in seconds: what is large takes longer.
+        `allowance` is added to the deadline, in seconds: what is large takes longer. `clock` is the `asyncio.timeout`
+        of what is left of it.
 
         Raises the last error with attempts, seconds and remedy in its message, or `DeadlineExceeded`. Cancelling the
         call cancels the attempt and waits for it.
         """
-        spent, tries, last, deadline = 0.0, 0, "", self.deadline + allowance
+        now, tries, last, deadline = asyncio.get_running_loop().time, 0, "", self.deadline + allowance
+        left = deadline
         while True:
             tries += 1
-            async with slots:
-                started = time.monotonic()
-                try:
-                    async with asyncio.timeout(deadline - spent) as clock:
-                        result = await attempt()
-                    self.reached = True
-                    return result
-                except TimeoutError as error:
-                    if isinstance(error, AsyncdsError) or not clock.expired():
-                        raise
-                    story = f"{what}: no complete answer within {deadline:.4g} s in {tries} attempts"
-                    raise DeadlineExceeded(f"{story}{last}; raise ASYNCDS_DEADLINE if that is expected") from None
-                except AsyncdsError as error:
-                    failure = error
-                spent += time.monotonic() - started
+            try:
+                async with slots, asyncio.timeout(left) as clock:
+                    try:
+                        result = await attempt(clock)
+                    finally:
+                        left = (clock.when() or now()) - now()
+                self.reached = True
+                return result
+            except TimeoutError as error:
+                if isinstance(error, AsyncdsError) or not clock.expired():
+                    raise
+                story = f"{what}: no complete answer within {deadline:.4g} s in {tries} attempts"
+                raise DeadlineExceeded(f"{story}{last}; raise ASYNCDS_DEADLINE if that is expected") from None
+            except AsyncdsError as error:
+                failure = error
             self.reached = self.reached or not isinstance(failure, EndpointUnreachable)
             delay = pause(tries)
             limit = deadline if self.reached else min(deadline, self.first_contact)
+            spent = deadline - left
             if not failure.transient or tries > self.retries or spent + delay > limit:
                 raise _told(failure, tries, spent) from failure
             last = f", the last one: {failure}"
             if self.on_retry is not None:
                 self.on_retry()
             await asyncio.sleep(delay)
-            spent += delay
+            left -= delay
 
 
 def _told(error: AsyncdsError, tries: int, spent: float) -> AsyncdsError:

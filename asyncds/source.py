@@ -19,7 +19,7 @@ from uuid import uuid4
 from asyncds.cache import Cache
 from asyncds.entry import object_id
 from asyncds.errors import DatasetClosed
-from asyncds.fetcher import Fetched, Fetcher, lookup
+from asyncds.fetcher import Fetched, Fetcher, Memory, lookup
 from asyncds.listing import Labeller, Table, list_prefix
 from asyncds.manifest import KeyFilter, Manifest, ObjectInfo, parse_uri
 from asyncds.portal import Portal
@@ -177,7 +177,8 @@ class _Runtime:
             retry=retry,
             tag=source.tag,
             counters=source_counters,
-            slots=self.portal.slots(concurrency),
+            slots=self.portal.shared(concurrency, lambda: asyncio.Semaphore(concurrency)),
+            memory=self.portal.shared(Memory, Memory),
         )
         self.close = util.Finalize(None, self._shut, exitpriority=_FIRST_TO_CLOSE)
         weakref.finalize(source, self._dropped).atexit = False

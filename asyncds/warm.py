@@ -74,6 +74,7 @@ async def warm(fetcher: Fetcher, missing: Missing, counters: Counters, advance: 
                         raise result
                 else:
                     fetched, size = fetched + 1, size + len(result.body)
+                    del result  # or it is held until the next one is there
                 done = missing.resident + fetched + len(failures)
                 advance(done - shown, note=f"{size / 1e6:,.1f} MB, {len(failures)} failed")
                 shown = done

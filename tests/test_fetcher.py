@@ -69,8 +69,8 @@ class Lying(FakeStore):
 
     answers: list[tuple[ObjectInfo, bytes]] = field(default_factory=list)
 
-    async def get(self, info):
-        truth = await super().get(info)
+    async def get(self, info, reserve):
+        truth = await super().get(info, reserve)
         return self.answers.pop(0) if self.answers else truth
 
 
@@ -290,7 +290,7 @@ async def test_bytes_on_their_way_stay_within_the_bound():
     store = store_of(10, size=40)
     store.objects["b", "giant"] = b"g" * 1000
     gate, infos = gated(store), infos_of(store)
-    async with fetching(store, memory=100) as fetcher:
+    async with fetching(store, memory=Memory(100)) as fetcher:
         waiters = [asyncio.create_task(fetcher.get(info)) for info in [*infos[:5], infos[-1], *infos[5:-1]]]
         await store.reached(2)
         await settle()
@@ -303,7 +303,7 @@ async def test_bytes_on_their_way_stay_within_the_bound():
 async def test_memory_is_held_until_the_cache_has_the_object(tmp_path):
     store, cache = store_of(3, size=60), SlowCache(tmp_path)
     one, two, _ = infos_of(store)
-    async with fetching(store, cache, memory=100) as fetcher:
+    async with fetching(store, cache, memory=Memory(100)) as fetcher:
         await fetcher.get(one)
         waiter = asyncio.create_task(fetcher.get(two))
         await settle()
@@ -316,9 +316,10 @@ async def test_memory_is_first_come_first_served_and_survives_cancellation():
     memory, order, gates = Memory(100), [], {name: asyncio.Event() for name in "abcd"}
 
     async def hold(name, amount):
-        async with memory.hold(amount):
-            order.append(name)
-            await gates[name].wait()
+        await memory.take(amount)
+        order.append(name)
+        await gates[name].wait()
+        memory.give_back(amount)
 
     tasks = [asyncio.create_task(hold(*what)) for what in [("a", 80), ("b", 50), ("c", 10), ("d", 95)]]
     await settle()
@@ -332,24 +333,65 @@ async def test_memory_is_first_come_first_served_and_survives_cancellation():
     assert order == ["a", "c", "d"]
     gates["d"].set()
     await asyncio.gather(tasks[0], *tasks[2:])
-    async with memory.hold(1000):
-        pass
+    await asyncio.wait_for(memory.take(1000), 5)
 
 
 async def test_memory_given_to_one_who_was_cancelled_at_that_moment_goes_back():
-    memory, held = Memory(100), asyncio.Event()
-
-    async def hold():
-        async with memory.hold(100):
-            held.set()
-
-    async with memory.hold(100):
-        waiter = asyncio.create_task(hold())
-        await settle()
+    memory = Memory(100)
+    await memory.take(100)
+    waiter = asyncio.create_task(memory.take(100))
+    await settle()
+    memory.give_back(100)
     waiter.cancel()  # its turn has come, and it does not know yet
     await asyncio.gather(waiter, return_exceptions=True)
-    await asyncio.wait_for(hold(), 5)
-    assert held.is_set()
+    await asyncio.wait_for(memory.take(100), 5)
+
+
+async def test_bytes_of_objects_without_a_listing_stay_within_the_bound_once_their_sizes_are_told():
+    store = store_of(8, size=400_000)
+    store.objects["b", "k0"] = b"s"
+    memory, told, gate = Memory(1_000_000), [], asyncio.Event()
+
+    class Telling(FakeStore):
+        async def get(self, info, reserve):
+            async def telling(size):
+                await reserve(size)
+                told.append(size)
+                await gate.wait()
+
+            return await super().get(info, telling)
+
+    telling = Telling(store.objects)
+    async with fetching(telling, memory=memory) as fetcher:
+        waiters = [asyncio.create_task(fetcher.get(ObjectInfo("b", key))) for _, key in store.objects]
+        await telling.reached(4)
+        await settle()
+        assert sum(told) == 800_001, "two large ones and the small one: a third large one has to wait"
+        gate.set()
+        assert sum(len(result.body) for result in await asyncio.gather(*waiters)) == 2_800_001
+    await asyncio.wait_for(memory.take(1_000_000), 5)
+
+
+async def test_waiting_for_memory_is_not_held_against_an_object():
+    store, memory, clock = store_of(1, size=400_000), Memory(400_000), asyncio.get_running_loop()
+    await memory.take(300_000)
+    async with Fetcher(store, None, concurrency=2, retry=Retry(0, 0.2, 0.2), memory=memory) as fetcher:
+        waiter = asyncio.create_task(fetcher.get(ObjectInfo("b", "k0")))
+        await store.reached(1)
+        started = clock.time()
+        while clock.time() < started + 0.5:
+            await asyncio.sleep(0)
+        assert not waiter.done()
+        memory.give_back(300_000)
+        assert len((await waiter).body) == 400_000
+
+
+async def test_retry_of_what_had_memory_and_those_who_wait_for_it_do_not_block_each_other():
+    store = store_of(6, size=400_000, failures={"k0": [TransferFailed("reset")] * 3})
+    async with fetching(store, concurrency=2, memory=Memory(400_000)) as fetcher:
+        waiters = [asyncio.create_task(fetcher.get(ObjectInfo("b", f"k{n}"))) for n in range(6)]
+        assert sum(len(result.body) for result in await asyncio.wait_for(asyncio.gather(*waiters), 20)) == 2_400_000
+    assert store.gets["k0"] == 4
 
 
 # many at once

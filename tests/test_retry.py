@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 
 import pytest
 
@@ -24,10 +25,10 @@ class Attempts:
         self.errors, self.seconds, self.calls, self.now = list(errors), seconds, 0, 1000.0
         self.pauses = []
         if monkeypatch is not None:
-            monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
+            monkeypatch.setattr(time, "monotonic", lambda: self.now)
             monkeypatch.setattr(module.asyncio, "sleep", self.sleep)
 
-    async def __call__(self):
+    async def __call__(self, clock=None):
         self.calls += 1
         self.now += self.seconds
         if self.errors:
@@ -137,7 +138,7 @@ async def test_pause_holds_no_slot(monkeypatch):
 async def test_attempt_that_outlives_the_deadline_is_cancelled_before_the_error_is_raised():
     events = []
 
-    async def never():
+    async def never(clock):
         events.append("asked")
         if len(events) == 1:
             raise failed()[0]
@@ -165,7 +166,7 @@ async def test_timeout_that_is_the_stores_own_is_not_taken_for_the_deadline():
 async def test_cancelling_the_call_cancels_the_attempt_and_waits_for_it():
     started, events = asyncio.Event(), []
 
-    async def attempt():
+    async def attempt(clock):
         started.set()
         try:
             await asyncio.Event().wait()

@@ -1,11 +1,17 @@
 """The seam between asyncds and a store."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from asyncds.manifest import ObjectInfo
 
-__all__ = ["ObjectStore"]
+__all__ = ["ObjectStore", "Reserve"]
+
+Reserve = Callable[[int], Awaitable[None]]
+
+
+async def no_bound(size: int) -> None:
+    """There is room for everything."""
 
 
 @runtime_checkable
@@ -26,11 +32,12 @@ class ObjectStore(Protocol):
         """Yield pages of all objects whose key starts with `prefix`, in any order, each object once."""
         ...
 
-    async def get(self, info: ObjectInfo) -> tuple[ObjectInfo, bytes]:
+    async def get(self, info: ObjectInfo, reserve: Reserve = no_bound) -> tuple[ObjectInfo, bytes]:
         """Make one attempt to read the object. Return what the store says it served (key, size, ETag), and the bytes.
 
-        Where `info` names a size, no more than one byte above it is ever held; where it names an ETag, another version
-        raises `ObjectChanged`, if the store can tell.
+        Where `info` names a size, no more than one byte above it is ever held; where it names none, `reserve(size)` is
+        awaited as soon as the size is known, before the body is read: it returns when there is room for so many bytes.
+        Where `info` names an ETag, another version raises `ObjectChanged`, if the store can tell.
         """
         ...
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from asyncds.manifest import ObjectInfo
+from asyncds.store.base import Reserve
 from asyncds.store.wire import Answer, BrokenConnection, Pool
 
 __all__ = ["Credentials", "LeanLane", "Template"]
@@ -151,16 +153,16 @@ class LeanLane:
         """Whether a request for an object of this bucket can be made here."""
         return bucket in self._templates and self._misunderstood[bucket] < _PATIENCE
 
-    async def get(
-        self, bucket: str, key: str, etag: str | None, size: int | None, credentials: Credentials | None
-    ) -> Answer:
+    async def get(self, info: ObjectInfo, credentials: Credentials | None, reserve: Reserve) -> Answer:
         """Send one GET, and return the answer; see `Pool.get` for errors. A body that fails its checksum is one."""
+        bucket = info.bucket
         template = self._templates[bucket]
         pool = self._pools.get(template.place)
         if pool is None:
             tls = self._tls() if template.secure else None
             pool = self._pools[template.place] = Pool(*template.place, timeout=self._timeout, tls=tls)
-        answer = await pool.get(template.request(key, etag, credentials, self._now()), size)
+        request = template.request(info.key, info.etag, credentials, self._now())
+        answer = await pool.get(request, info.size, reserve)
         if answer.whole and not _matches_checksum(answer):
             raise BrokenConnection("the body does not match its checksum")
         if answer.whole:

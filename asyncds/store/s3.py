@@ -15,9 +15,11 @@ from botocore.utils import get_environ_proxies
 from asyncds.errors import BucketNotFound, ConfigurationError, ObjectChanged, ObjectNotFound, StoreError, TransferFailed
 from asyncds.manifest import ObjectInfo, normalise_etag
 from asyncds.retry import Retry
+from asyncds.store.base import Reserve, no_bound
 from asyncds.store.connection import Connection
 from asyncds.store.lean import Credentials, LeanLane
 from asyncds.store.translate import status_error, translate
+from asyncds.store.wire import Body
 
 __all__ = ["S3Store"]
 
@@ -91,22 +93,22 @@ class S3Store:
             seen.add(token)
             arguments = arguments | {"ContinuationToken": token}
 
-    async def get(self, info: ObjectInfo) -> tuple[ObjectInfo, bytes]:
+    async def get(self, info: ObjectInfo, reserve: Reserve = no_bound) -> tuple[ObjectInfo, bytes]:
         """Make one attempt to read the object; see `ObjectStore.get`."""
         await self._opened(info.uri)
         await self._turn_to_learn(info.bucket)
         if self._lane is not None and self._lane.knows(info.bucket):
-            answer = await self._lean(self._lane, info)
+            answer = await self._lean(self._lane, info, reserve)
             if answer is not None:
                 return answer
-        return await self._full(info)
+        return await self._full(info, reserve)
 
     async def head(self, bucket: str, key: str) -> ObjectInfo:
         """Return size and ETag of an object. Raises `ObjectNotFound`, also where the bucket is missing."""
         info = ObjectInfo(bucket, key)
         client = await self._opened(info.uri)
         arguments = {"Bucket": bucket, "Key": key}
-        answer = await self._retry(lambda: self._asked(client.head_object, arguments, info.uri), info.uri)
+        answer = await self._retry(lambda _: self._asked(client.head_object, arguments, info.uri), info.uri)
         return ObjectInfo(bucket, key, answer["ContentLength"], normalise_etag(answer.get("ETag")))
 
     async def aclose(self) -> None:
@@ -120,11 +122,10 @@ class S3Store:
 
     # the two lanes
 
-    async def _lean(self, lane: LeanLane, info: ObjectInfo) -> tuple[ObjectInfo, bytes] | None:
+    async def _lean(self, lane: LeanLane, info: ObjectInfo, reserve: Reserve) -> tuple[ObjectInfo, bytes] | None:
         """One GET on the lean lane, or None where the full lane has to look at what is the matter."""
         try:
-            credentials = await self._credentials()
-            answer = await lane.get(info.bucket, info.key, info.etag, info.size, credentials)
+            answer = await lane.get(info, await self._credentials(), reserve)
         except Exception as error:
             raise translate(error, info.uri, self.connection.hint) from error
         if answer.whole:
@@ -135,7 +136,7 @@ class S3Store:
             raise status_error(answer.status, "", info.uri)
         return None
 
-    async def _full(self, info: ObjectInfo) -> tuple[ObjectInfo, bytes]:
+    async def _full(self, info: ObjectInfo, reserve: Reserve) -> tuple[ObjectInfo, bytes]:
         arguments = {"Bucket": info.bucket, "Key": info.key}
         if info.etag is not None:
             arguments["IfMatch"] = f'"{info.etag}"'
@@ -149,7 +150,7 @@ class S3Store:
                 raise ObjectChanged(f"{info.uri}: its ETag is {served}, not {info.etag}")
             stream = answer["Body"]
             async with stream:
-                body = await self._read(stream, info, answer)
+                body = await self._read(stream, info, answer, reserve)
         except Exception as error:
             raise translate(error, info.uri, self.connection.hint) from error
         finally:
@@ -158,7 +159,7 @@ class S3Store:
         self.lanes["full"] += 1
         return ObjectInfo(info.bucket, info.key, len(body), served), body
 
-    async def _read(self, stream: Any, info: ObjectInfo, answer: dict[str, Any]) -> bytes:
+    async def _read(self, stream: Any, info: ObjectInfo, answer: dict[str, Any], reserve: Reserve) -> bytes:
         """The whole body, and never more than one byte above the size that is known."""
         announced = answer["ResponseMetadata"]["HTTPHeaders"].get("content-length")
         size = info.size if info.size is not None else announced and int(announced)
@@ -166,13 +167,14 @@ class S3Store:
             raise TransferFailed(f"{info.uri}: the answer does not say how long it is")
         if announced is not None and int(announced) != size:
             raise TransferFailed(f"{info.uri}: {announced} bytes are announced, {size} were listed")
-        chunks, left = [], int(size) + 1
-        while left > 0 and (chunk := await stream.read(min(left, _CHUNK))):
-            chunks.append(chunk)
-            left -= len(chunk)
-        if left != 1:
-            raise TransferFailed(f"{info.uri}: {int(size) + 1 - left} bytes arrived, {size} were expected")
-        return b"".join(chunks)
+        if info.size is None:
+            await reserve(int(size))
+        body = Body(int(size))
+        while body.missing >= 0 and (chunk := await stream.read(min(body.missing + 1, _CHUNK))):
+            body.append(chunk)
+        if body.missing != 0:
+            raise TransferFailed(f"{info.uri}: {int(size) - body.missing} bytes arrived, {size} were expected")
+        return body.whole()
 
     async def _turn_to_learn(self, bucket: str) -> None:
         """Let the first object of a bucket go ahead, until its request is prepared: the others repeat it."""
@@ -202,7 +204,7 @@ class S3Store:
 
     # the client
 
-    async def _page(self, client: Any, arguments: dict[str, str], what: str) -> Any:
+    async def _page(self, client: Any, arguments: dict[str, str], what: str, _clock: object) -> Any:
         try:
             page = await self._asked(client.list_objects_v2, arguments, what)
         except ObjectNotFound:  # a 404 that does not say NoSuchBucket

@@ -5,13 +5,18 @@ status; its connection is closed, so that nothing of it can be taken for the ans
 """
 
 import asyncio
+import io
 import ssl
 from collections import deque
 from typing import NamedTuple
 
-__all__ = ["Answer", "BrokenConnection", "NoConnection", "Pool"]
+from asyncds.store.base import Reserve
+
+__all__ = ["Answer", "Body", "BrokenConnection", "NoConnection", "Pool"]
 
 _LONGEST_HEAD = 64 << 10
+_FIRST_PIECE = 8 << 10
+_BUFFER = 256 << 10
 _IDLE_S = 10.0
 _REPEATABLE = {b"vary", b"set-cookie", b"via", b"warning", b"link", b"server", b"cache-control"}
 
@@ -37,36 +42,75 @@ class BrokenConnection(Exception):
         self.untouched = untouched
 
 
-class _Connection(asyncio.Protocol):
-    """One connection: idle, or busy with one request whose answer arrives in `answer`."""
+class Body:
+    """A body of known length, received piece by piece and handed out as the one piece of memory that it came into."""
 
-    def __init__(self) -> None:
-        self.answer: asyncio.Future[Answer] | None = None
+    def __init__(self, length: int) -> None:
+        self.missing = length
+        # The kernel gives these zeros page by page as they are overwritten: announcing much does not take much. CPython
+        # writes into them, and gives them away, without a copy, since nobody else has them.
+        self._file = io.BytesIO(bytes(length))
+
+    def append(self, data: bytes | memoryview) -> None:
+        """Take the next piece; one that is longer than what is missing makes `missing` negative."""
+        self.missing -= len(data)
+        if self.missing >= 0:
+            self._file.write(data)
+
+    def whole(self) -> bytes:
+        return self._file.getvalue()
+
+
+class _Connection(asyncio.BufferedProtocol):
+    """One connection: idle, or busy with one request whose answer arrives in `answer`.
+
+    What arrives lands in `buffer`, which all connections of a loop share, since each takes it from there at once.
+    """
+
+    def __init__(self, buffer: memoryview) -> None:
+        self.answer: asyncio.Future[Answer | int] | None = None
         self.progress = 0.0
         self.used = False
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
-        self._chunks: list[bytes] = []
-        self._missing = -1  # bytes of the body still to come, once the head is there
-        self._head: tuple[int, dict[bytes, bytes]] = (0, {})
+        self._buffer = buffer
+        self._start = b""  # of a head that is not complete
+        self._head: tuple[int, dict[bytes, bytes]] | None = None
+        self._body = Body(0)
         self._size: int | None = None
 
     @property
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def ask(self, request: bytes, size: int | None) -> asyncio.Future[Answer]:
-        """Send a request. `size` is the only `Content-Length` that fits, if it is known."""
+    def ask(self, request: bytes, size: int | None) -> asyncio.Future[Answer | int]:
+        """Send a request. `size` is the only `Content-Length` that fits, if it is known.
+
+        If it is not, the answer may be the length of a body that is to come: then `go_on` must follow.
+        """
         assert self._transport is not None
-        self.answer = self._loop.create_future()
-        self.progress = self._loop.time()
-        self._chunks, self._missing, self._size = [], -1, size
+        self._start, self._head, self._size = b"", None, size
+        self._expect()
         self._transport.write(request)
-        return self.answer
+        return self.answer  # type: ignore[return-value]
+
+    def go_on(self, length: int) -> asyncio.Future[Answer | int]:
+        """Receive the body that was announced."""
+        self._expect()
+        if self._transport is None:
+            self.connection_lost(None)
+        else:
+            self._begin_body(length)
+            self._transport.resume_reading()
+        return self.answer  # type: ignore[return-value]
 
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+    def _expect(self) -> None:
+        self.answer = self._loop.create_future()
+        self.progress = self._loop.time()
 
     # what the transport calls
 
@@ -74,33 +118,35 @@ class _Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
         self._transport = transport  # type: ignore[assignment]
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        # Of a body that nobody knew to be large, not much is to arrive before there is room for it.
+        return self._buffer[:_FIRST_PIECE] if self._size is None and self._head is None else self._buffer
+
+    def buffer_updated(self, count: int) -> None:
         self.progress = self._loop.time()
+        data = self._buffer[:count]
         if self.answer is None or self.answer.done():
             self.abort()  # nothing was asked
-        elif self._missing < 0:
-            self._read_head(data)
+        elif self._head is None:
+            self._read_head(self._start + data)
         else:
             self._read_body(data)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         if self.answer is not None and not self.answer.done():
-            untouched = self._missing < 0 and not self._chunks
+            untouched = self._head is None and not self._start
             self.answer.set_exception(BrokenConnection(str(error or "the server closed it"), untouched=untouched))
 
     # the answer
 
     def _read_head(self, data: bytes) -> None:
-        if self._chunks:
-            data = b"".join([*self._chunks, data])
         end = data.find(b"\r\n\r\n")
         if end < 0:
-            self._chunks = [data]
+            self._start = data
             if len(data) > _LONGEST_HEAD:
                 self._fail("the head of the answer does not end")
             return
-        self._chunks = []
         head = _parsed(data[:end])
         length = None if head is None else _length(head[1])
         if head is None:
@@ -109,22 +155,38 @@ class _Connection(asyncio.Protocol):
         elif head[0] != 200 or length is None or length != (length if self._size is None else self._size):
             self._finish(Answer(*head, b"", whole=False))
             self.abort()
+        elif len(data) - end - 4 == length:
+            self._deliver(head, data[end + 4 :])
         else:
-            self._head, self._missing = head, length
-            self._read_body(data[end + 4 :])
+            self._head, self._start = head, data[end + 4 :]
+            if self._size is not None or len(self._start) > length:
+                self._begin_body(length)
+            else:
+                self._transport.pause_reading()  # type: ignore[union-attr]
+                self.answer.set_result(length)  # type: ignore[union-attr]
 
-    def _read_body(self, data: bytes) -> None:
-        self._missing -= len(data)
-        if self._missing < 0:
+    def _begin_body(self, length: int) -> None:
+        start, self._start = self._start, b""
+        try:
+            self._body = Body(length)
+        except MemoryError:
+            self._fail(f"{length:,} bytes are announced, and memory has no room for them")
+        else:
+            self._read_body(start)
+
+    def _read_body(self, data: bytes | memoryview) -> None:
+        body, head = self._body, self._head
+        body.append(data)
+        if body.missing < 0:
             self._fail("the body is longer than announced")
-            return
-        self._chunks.append(data)
-        if self._missing == 0:
-            body = data if len(self._chunks) == 1 else b"".join(self._chunks)
-            self._chunks = []
-            if self._head[1].get(b"connection", b"").lower() == b"close":
-                self.abort()
-            self._finish(Answer(*self._head, body, whole=True))
+        elif body.missing == 0 and head is not None:
+            self._body = Body(0)
+            self._deliver(head, body.whole())
+
+    def _deliver(self, head: tuple[int, dict[bytes, bytes]], body: bytes) -> None:
+        if head[1].get(b"connection", b"").lower() == b"close":
+            self.abort()
+        self._finish(Answer(*head, body, whole=True))
 
     def _finish(self, answer: Answer) -> None:
         assert self.answer is not None
@@ -167,12 +229,13 @@ class Pool:
         self._port = port
         self._timeout = timeout
         self._tls = tls
+        self._buffer = memoryview(bytearray(_BUFFER))
         self._idle: deque[_Connection] = deque()
         self._busy: set[_Connection] = set()
         self._watch: asyncio.TimerHandle | None = None
 
-    async def get(self, request: bytes, size: int | None) -> Answer:
-        """Send a request, and return its answer.
+    async def get(self, request: bytes, size: int | None, reserve: Reserve) -> Answer:
+        """Send a request, and return its answer. If `size` is not known, `reserve` is awaited before a body is read.
 
         Raises `NoConnection` or `BrokenConnection`; what stands still for `timeout` seconds is broken. A connection
         that was kept alive and turns out to be closed is replaced once. Cancelling closes the connection.
@@ -180,22 +243,27 @@ class Pool:
         connection = self._kept()
         if connection is not None:
             try:
-                return await self._asked(connection, request, size)
+                return await self._asked(connection, request, size, reserve)
             except BrokenConnection as error:
                 if not error.untouched:
                     raise
-        return await self._asked(await self._opened(), request, size)
+        return await self._asked(await self._opened(), request, size, reserve)
 
-    async def _asked(self, connection: _Connection, request: bytes, size: int | None) -> Answer:
+    async def _asked(self, connection: _Connection, request: bytes, size: int | None, reserve: Reserve) -> Answer:
         self._busy.add(connection)
         self._watch_over()
         try:
             answer = await connection.ask(request, size)
+            if isinstance(answer, int):
+                await reserve(answer)
+                answer = await connection.go_on(answer)
         except BaseException:
             connection.abort()
             raise
         finally:
+            connection.answer = None  # an idle connection does not keep what it brought
             self._busy.discard(connection)
+        assert not isinstance(answer, int)
         if connection.is_open:
             self._idle.append(connection)
         return answer
@@ -214,7 +282,7 @@ class Pool:
         try:
             async with asyncio.timeout(self._timeout):
                 _, connection = await loop.create_connection(
-                    _Connection, self._host, self._port, ssl=self._tls, server_hostname=name
+                    lambda: _Connection(self._buffer), self._host, self._port, ssl=self._tls, server_hostname=name
                 )
         except OSError as error:
             raise NoConnection(f"{self._host}:{self._port}") from error

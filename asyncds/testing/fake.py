@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from asyncds.errors import AsyncdsError, BucketNotFound, ObjectChanged, ObjectNotFound
@@ -49,7 +49,9 @@ class FakeStore:
         for start in range(0, len(keys), self.page_size):
             yield [self.info(bucket, key) for key in keys[start : start + self.page_size]]
 
-    async def get(self, info: ObjectInfo) -> tuple[ObjectInfo, bytes]:
+    async def get(
+        self, info: ObjectInfo, reserve: Callable[[int], Awaitable[None]] | None = None
+    ) -> tuple[ObjectInfo, bytes]:
         self.gets[info.key] += 1
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
@@ -61,7 +63,10 @@ class FakeStore:
             served = self.info(info.bucket, info.key)
             if info.etag not in (None, served.etag):
                 raise ObjectChanged(f"{info.uri}: the object changed")
-            return served, self.objects[info.bucket, info.key]
+            body = self.objects[info.bucket, info.key]
+            if info.size is None and reserve is not None:
+                await reserve(len(body))
+            return served, body
         finally:
             self.in_flight -= 1
 

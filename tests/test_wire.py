@@ -1,0 +1,252 @@
+"""The small HTTP/1.1: bodies in pieces of any size, with and without a known length, on both event loops."""
+
+import asyncio
+import gc
+import ssl
+import tracemalloc
+from contextlib import asynccontextmanager
+
+import pytest
+import trustme
+import uvloop
+
+from asyncds.store.wire import Answer, BrokenConnection, Pool
+
+LOOPS = pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+LARGE = bytes(range(256)) * 12_000  # 3 MB, which fit into no socket's buffers
+
+
+def head(length):
+    return f"HTTP/1.1 200 OK\r\nETag: abc\r\nContent-Length: {length}\r\n\r\n".encode()
+
+
+@asynccontextmanager
+async def pool_on(handle, *, tls=False, timeout=10.0):
+    """A pool of connections to a server of a few lines."""
+    tasks = set()
+
+    async def guarded(reader, writer):
+        tasks.add(asyncio.current_task())
+        try:
+            while await reader.readuntil(b"\r\n\r\n"):
+                await handle(writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    contexts = [None, None]
+    if tls:
+        authority = trustme.CA()
+        contexts = [ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()]
+        authority.issue_cert("localhost").configure_cert(contexts[0])
+        authority.configure_trust(contexts[1])
+    server = await asyncio.start_server(guarded, "127.0.0.1", 0, ssl=contexts[0])
+    pool = Pool("localhost", server.sockets[0].getsockname()[1], timeout=timeout, tls=contexts[1])
+    try:
+        yield pool
+    finally:
+        await pool.aclose()
+        server.close()
+        await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+
+
+async def at_once(size):
+    pass
+
+
+def run(factory, main):
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(asyncio.wait_for(main(), 30))
+
+
+@LOOPS
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("size", [None, len(LARGE)])
+def test_large_body_arrives_whole_and_the_connection_serves_again(factory, tls, size):
+    async def handle(writer):
+        writer.write(head(len(LARGE)) + LARGE)
+        await writer.drain()
+
+    async def main():
+        async with pool_on(handle, tls=tls) as pool:
+            for _ in range(3):
+                assert await pool.get(b"GET\r\n\r\n", size, at_once) == Answer(
+                    200, {b"etag": b"abc", b"content-length": b"3072000"}, LARGE, True
+                )
+            assert len(pool._idle) == 1
+
+    run(factory, main)
+
+
+@pytest.mark.parametrize("size", [None, 5])
+def test_answer_may_be_cut_anywhere(size):
+    whole = head(5) + b"hello"
+    cuts = iter(range(1, len(whole)))
+    sent = asyncio.Event()
+
+    async def handle(writer):
+        cut = next(cuts)
+        writer.write(whole[:cut])
+        while not sent.is_set():
+            await asyncio.sleep(0)
+        writer.write(whole[cut:])
+
+    async def main():
+        async with pool_on(handle) as pool:
+            for _ in range(1, len(whole)):
+                sent.clear()
+                task = asyncio.create_task(pool.get(b"GET\r\n\r\n", size, at_once))
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                assert not task.done()
+                sent.set()
+                assert (await task).body == b"hello"
+
+    run(asyncio.new_event_loop, main)
+
+
+@LOOPS
+@pytest.mark.parametrize("tls", [False, True])
+def test_body_of_unknown_size_stays_with_the_sender_until_there_is_room(factory, tls):
+    told, room = [], asyncio.Event()
+
+    async def handle(writer):
+        writer.write(head(len(LARGE)) + LARGE)
+        await writer.drain()
+
+    async def reserve(size):
+        told.append(size)
+        tracemalloc.start()
+        try:
+            for _ in range(1000):
+                await asyncio.sleep(0)
+            assert tracemalloc.get_traced_memory()[1] < len(LARGE) / 4
+        finally:
+            tracemalloc.stop()
+        await room.wait()
+
+    async def main():
+        async with pool_on(handle, tls=tls) as pool:
+            task = asyncio.create_task(pool.get(b"GET\r\n\r\n", None, reserve))
+            while not told:
+                await asyncio.sleep(0)
+            room.set()
+            assert (await task).body == LARGE
+            assert told == [len(LARGE)]
+
+    run(factory, main)
+
+
+@LOOPS
+def test_nothing_is_reserved_for_what_is_there_or_was_listed(factory):
+    async def handle(writer):
+        writer.write(head(5) + b"hello")
+
+    async def reserve(size):
+        raise AssertionError("there is nothing to wait for")
+
+    async def main():
+        async with pool_on(handle) as pool:
+            for size in (5, None):
+                assert (await pool.get(b"GET\r\n\r\n", size, reserve)).body == b"hello"
+
+    run(factory, main)
+
+
+@LOOPS
+def test_connection_that_ends_while_there_is_no_room_is_broken(factory):
+    async def handle(writer):
+        writer.write(head(len(LARGE)) + b"start")
+        writer.transport.abort() if writer.transport.get_write_buffer_size() else writer.close()
+
+    async def reserve(size):
+        for _ in range(100):
+            await asyncio.sleep(0)
+
+    async def main():
+        async with pool_on(handle) as pool:
+            with pytest.raises(BrokenConnection):
+                await pool.get(b"GET\r\n\r\n", None, reserve)
+            assert not pool._idle
+            assert not pool._busy
+
+    run(factory, main)
+
+
+@LOOPS
+@pytest.mark.parametrize("size", [None, 5, len(LARGE)])
+def test_body_that_is_longer_than_announced_is_refused(factory, size):
+    async def handle(writer):
+        writer.write(head(size or 5) + (LARGE if size == len(LARGE) else b"hello") + b"!")
+
+    async def main():
+        async with pool_on(handle) as pool:
+            with pytest.raises(BrokenConnection, match="longer than announced"):
+                await pool.get(b"GET\r\n\r\n", size, at_once)
+
+    run(factory, main)
+
+
+@LOOPS
+@pytest.mark.parametrize("listed", [False, True])
+def test_body_that_no_memory_can_hold_is_refused(factory, listed):
+    size = 10**17
+
+    async def handle(writer):
+        writer.write(head(size) + b"start")
+
+    async def main():
+        async with pool_on(handle) as pool:
+            with pytest.raises(BrokenConnection, match="memory has no room"):
+                await pool.get(b"GET\r\n\r\n", size if listed else None, at_once)
+
+    run(factory, main)
+
+
+@LOOPS
+@pytest.mark.parametrize("size", [None, len(LARGE)])
+def test_idle_connections_keep_nothing_of_what_they_brought(factory, size):
+    async def handle(writer):
+        writer.write(head(len(LARGE)) + LARGE)
+        await writer.drain()
+
+    async def main():
+        async with pool_on(handle) as pool:
+            await pool.get(b"GET\r\n\r\n", size, at_once)
+            gc.collect()
+            tracemalloc.start()
+            try:
+                answer = await pool.get(b"GET\r\n\r\n", size, at_once)
+                assert tracemalloc.get_traced_memory()[0] > len(LARGE)
+                assert tracemalloc.get_traced_memory()[1] < 2 * len(LARGE), "a body is held once"
+                del answer
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                gc.collect()
+                assert tracemalloc.get_traced_memory()[0] < len(LARGE) / 4
+            finally:
+                tracemalloc.stop()
+
+    run(factory, main)
+
+
+@LOOPS
+def test_connection_that_waits_for_room_is_not_taken_for_a_dead_one(factory):
+    waited = 0.5
+
+    async def handle(writer):
+        writer.write(head(len(LARGE)) + LARGE)
+        await writer.drain()
+
+    async def reserve(size):
+        loop = asyncio.get_running_loop()
+        until = loop.time() + waited
+        while loop.time() < until:
+            await asyncio.sleep(0)
+
+    async def main():
+        async with pool_on(handle, timeout=waited / 4) as pool:
+            assert (await pool.get(b"GET\r\n\r\n", None, reserve)).body == LARGE
+
+    run(factory, main)
