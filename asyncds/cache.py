@@ -257,6 +257,23 @@ class Cache:
             room -= size
         return list(rows.items())
 
+    def room(self) -> int:
+        """Bytes that may still be added; not above 0 where the cache is full, or does not work."""
+        try:
+            return self._room()
+        except _FAULTS as error:
+            self._degrade("written", error)
+            return 0
+
+    def _room(self) -> int:
+        disk = os.statvfs(self._objects)
+        total, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+        spare = int(free - total * _FREE_FLOOR)
+        if self._limit is None:
+            return spare
+        limit = int(total * self._limit) if isinstance(self._limit, float) else self._limit
+        return min(spare, limit - self.volume())
+
     def remove(self, keys: Iterable[bytes]) -> None:
         """Remove rows, and their files after the rows."""
         try:
@@ -305,16 +322,6 @@ class Cache:
                     if value.filename is not None:
                         index.disk.remove(value.filename)
                 raise
-
-    def _room(self) -> int:
-        """Bytes that may still be added."""
-        disk = os.statvfs(self._objects)
-        total, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
-        spare = int(free - total * _FREE_FLOOR)
-        if self._limit is None:
-            return spare
-        limit = int(total * self._limit) if isinstance(self._limit, float) else self._limit
-        return min(spare, limit - self.volume())
 
     # the folder and its index
 

@@ -40,6 +40,7 @@ class _Common(Options):
     target_transform: NotRequired[Callable[[Any], Any] | None]
     s3client_config: NotRequired[Any]
     profile: NotRequired[str | None]
+    unsigned: NotRequired[bool]
     session_factory: NotRequired[Callable[[], Any] | None]
     store: NotRequired[ObjectStore | None]
 
@@ -64,8 +65,9 @@ class CachedS3MapDataset(Dataset[Any]):
     Made by `from_prefix`, `from_objects`, `from_manifest` or `from_csv`, which all accept by keyword:
 
     * `transform`, `target_transform`: callables, picklable if workers are spawned;
-    * `region`, `endpoint`, `profile`, `session_factory`, `s3client_config` (as for `S3MapDataset`), `store` (an
-      `ObjectStore` of your own): where the objects are, and who asks. Credentials come from the environment;
+    * `region`, `endpoint`, `profile`, `unsigned=True` (for public buckets), `session_factory`, `s3client_config` (as
+      for `S3MapDataset`), `store` (an `ObjectStore` of your own): where the objects are, and who asks. Credentials
+      come from the environment;
     * every setting of `asyncds.Settings`, such as `concurrency`, `cache_dir`, `cache_size`.
 
     Works in any thread, and in worker processes under fork, spawn and forkserver: each builds its own connections.

@@ -19,7 +19,7 @@ _HOPELESS = 100
 
 
 class WarmReport(NamedTuple):
-    """What a warm-up found and did."""
+    """What a warm-up found and did; `uncached` counts what did not fit, most of which was not fetched either."""
 
     objects: int
     resident: int
@@ -38,11 +38,15 @@ class WarmReport(NamedTuple):
 
 
 class Missing:
-    """The rows of a manifest that the cache does not have, found 200 at a time while they are consumed."""
+    """The rows of a manifest that the cache does not have, found 200 at a time while they are consumed.
+
+    Those that the cache has no room for are left out, and counted in `unfit`.
+    """
 
     def __init__(self, cache: Cache, endpoint: str, manifest: Manifest) -> None:
         self.total = len(manifest)
         self.resident = 0
+        self.unfit = 0
         self._cache = cache
         self._endpoint = endpoint
         self._manifest = manifest
@@ -52,7 +56,15 @@ class Missing:
             infos = self._manifest[start : start + _LOOKUP]
             present = resident(self._cache, self._endpoint, infos)
             self.resident += sum(present)
-            yield from (info for info, there in zip(infos, present, strict=True) if not there)
+            room = self._cache.room()
+            for info, there in zip(infos, present, strict=True):
+                if there:
+                    continue
+                if (info.size or 1) > room:
+                    self.unfit += 1
+                else:
+                    room -= info.size or 0
+                    yield info
 
 
 async def warm(fetcher: Fetcher, missing: Missing, counters: Counters, advance: Advance) -> WarmReport:
@@ -75,11 +87,11 @@ async def warm(fetcher: Fetcher, missing: Missing, counters: Counters, advance: 
                 else:
                     fetched, size = fetched + 1, size + len(result.body)
                     del result  # or it is held until the next one is there
-                done = missing.resident + fetched + len(failures)
+                done = missing.resident + missing.unfit + fetched + len(failures)
                 advance(done - shown, note=f"{size / 1e6:,.1f} MB, {len(failures)} failed")
                 shown = done
     finally:
         await fetcher.flush()
-    uncached = int(counters.total()["uncached"] - before["uncached"])
+    uncached = missing.unfit + int(counters.total()["uncached"] - before["uncached"])
     seconds = time.monotonic() - started
     return WarmReport(missing.total, missing.resident, fetched, size, uncached, tuple(failures), seconds)

@@ -789,10 +789,11 @@ def recipe(dataset: CachedS3MapDataset):
     return dataset._parts[0].source.recipe
 
 
-def test_unsigned_config_sends_no_credentials():
+@pytest.mark.parametrize("how", [{"s3client_config": ClientConfig(unsigned=True)}, {"unsigned": True}])
+def test_unsigned_requests_send_no_credentials(how):
     with S3Server(credentials=("the key", "the secret")) as server:
         server.put("mnist", "x", b"x")
-        options = {"endpoint": server.endpoint, "s3client_config": ClientConfig(unsigned=True)}
+        options = {"endpoint": server.endpoint, **how}
         with (
             CachedS3MapDataset.from_prefix("s3://mnist/", **options) as dataset,
             pytest.raises(AccessDenied),
@@ -1018,8 +1019,18 @@ def test_closing_ends_a_warm_up_with_an_error(store):
 def test_warm_into_a_cache_that_is_too_small_counts_what_did_not_fit(store):
     with CachedS3MapDataset.from_prefix(PREFIX, store=store, cache_size="1B") as dataset:
         report = dataset.warm(progress=False)
-    assert (report.fetched, report.uncached) == (12, 12)
+    assert (report.fetched, report.uncached) == (0, 12)
     assert "12 did not fit" in str(report)
+    assert store.gets.total() == 0, "what cannot be kept is not downloaded"
+
+
+def test_warm_into_a_cache_that_fills_up_stops_to_download(s3):
+    s3.put_many("mnist", {f"{number:04}": random.Random(number).randbytes(20_000) for number in range(1000)})
+    with CachedS3MapDataset.from_prefix("s3://mnist/", cache_size="2MB") as dataset:
+        report = dataset.warm(progress=False)
+        assert 50 <= report.fetched <= 600, "the first few hundred are on their way when it is full"
+        assert 50 <= 1000 - report.uncached <= 100
+        assert s3.stats.requests["GET"] == report.fetched
 
 
 def test_warm_of_a_sum_counts_each_source_once(store):
