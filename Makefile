@@ -12,7 +12,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 help:
 	@echo "make demo    train on handwritten digits from a local S3 server, and see the difference"
 	@echo "make test    lint, type check, and all tests with the newest and the oldest aiobotocore"
-	@echo "make bench   cold and warm epochs beside one request per sample, and beside local files"
+	@echo "make bench   cold and warm epochs beside one request per sample, and beside local files; memory"
 	@echo "make clean   delete the environments"
 
 demo: $(VENV)/.demo
@@ -34,6 +34,7 @@ test-oldest: $(OLDEST)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/epochs.py
+	$(BIN)/python tests/benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST)

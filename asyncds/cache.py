@@ -124,17 +124,22 @@ class Cache:
     `limit` is in bytes (int), or a share of the disk (float, up to 1); by default 5 % of the disk stays free. What does
     not fit is not stored. Nothing is evicted to make room: in an epoch every object is read once, and then no policy
     hits more than what simply stays. Once open, faults of the disk never raise: they are misses, or objects that are
-    not kept, with one warning, and counted in `faults`.
+    not kept, with one warning, and counted in `faults`. Processes that are given the same `notices`, the beginning of
+    a file's name, warn once among them.
 
     Raises `CacheError` if the directory cannot be used when it is opened.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, limit: int | float | None = None) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], *, limit: int | float | None = None, notices: Path | None = None
+    ) -> None:
         self.directory = Path(directory) / "asyncds"
         self.faults = 0
         self._objects = self.directory / "objects"
         self._limit = limit
-        self._warned = self._full = self._said_full = False
+        self._full = False
+        self._notices = notices
+        self._said: set[str] = set()
         self._reading = threading.Lock()
         self._writing = threading.Lock()
         self._reader: sqlite3.Connection | None = None
@@ -393,24 +398,36 @@ class Cache:
         return int(value)
 
     def _warn_if_full(self) -> None:
-        if self._full and not self._said_full:
-            self._said_full = True
-            warnings.warn(
+        if self._full:
+            self._say(
+                "full",
                 f"the cache in {self.directory} is full: what does not fit is downloaded again in each epoch; "
-                "raise ASYNCDS_CACHE_SIZE, or set ASYNCDS_CACHE_DIR to a larger disk",
-                stacklevel=4,
+                "delete that folder if older data may go, raise ASYNCDS_CACHE_SIZE, or set ASYNCDS_CACHE_DIR to a "
+                "larger disk",
             )
 
     def _degrade(self, what: str, error: Exception) -> None:
         self.faults += 1
-        if not self._warned:
-            self._warned = True
-            reason = getattr(error, "strerror", None) or error
-            warnings.warn(
-                f"the cache in {self.directory} cannot be {what} ({reason}): objects come straight from the store; "
-                "free the disk, or set ASYNCDS_CACHE_DIR",
-                stacklevel=4,
-            )
+        reason = getattr(error, "strerror", None) or error
+        self._say(
+            "fault",
+            f"the cache in {self.directory} cannot be {what} ({reason}): objects come straight from the store; "
+            "free the disk, or set ASYNCDS_CACHE_DIR",
+        )
+
+    def _say(self, kind: str, message: str) -> None:
+        """Warn, if no process of the run has said so."""
+        if kind in self._said:
+            return
+        self._said.add(kind)
+        if self._notices is not None:
+            try:
+                os.close(os.open(f"{self._notices}.{kind}", os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            except FileExistsError:
+                return
+            except OSError:
+                pass  # a directory that takes no files is what there is to warn of
+        warnings.warn_explicit(message, UserWarning, "asyncds", 1)  # no line of code has caused it
 
     def close(self) -> None:
         """Close the connections; the next use opens them again."""

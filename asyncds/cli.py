@@ -100,8 +100,13 @@ def demo(endpoint: str | None, rtt: float, epochs: int, workers: int) -> None:
     run(endpoint=endpoint, rtt=rtt, epochs=epochs, workers=workers)
 
 
+def _show(message: Warning | str, *_: object) -> None:
+    click.echo(f"warning: {message}", err=True)
+
+
 def main() -> None:
-    """Run a command. Errors of asyncds become one line on standard error and their exit code."""
+    """Run a command. Errors and warnings of asyncds become one line each on standard error, and an exit code."""
+    warnings.showwarning = _show  # type: ignore[assignment]
     try:
         _commands.main(prog_name="asyncds", standalone_mode=False)
     except AsyncdsError as error:

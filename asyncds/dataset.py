@@ -16,10 +16,10 @@ from torch.utils.data import Dataset, random_split
 from asyncds.errors import ConfigurationError
 from asyncds.fetcher import Fetched
 from asyncds.labels import labeller, read_csv
-from asyncds.listing import Labeller
+from asyncds.listing import Labeller, labels_of
 from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, parse_uri
 from asyncds.reader import S3Reader
-from asyncds.settings import Options
+from asyncds.settings import Options, or_close_to
 from asyncds.source import Source, StoreRecipe
 from asyncds.store import ObjectStore
 from asyncds.warm import WarmReport
@@ -43,6 +43,10 @@ class _Common(Options):
     unsigned: NotRequired[bool]
     session_factory: NotRequired[Callable[[], Any] | None]
     store: NotRequired[ObjectStore | None]
+    reader_constructor: NotRequired[Any]
+
+
+_OF_CONSTRUCTORS = ("label", "labels", "match", "limit", "refresh", "root", "key")
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ class CachedS3MapDataset(Dataset[Any]):
     ) -> Self:
         """Make a dataset of all objects under `s3://bucket/prefix`, in UTF-8 order of their keys.
 
-        The prefix is listed once per run, when the dataset is first measured or read. `match` keeps the keys that fit
+        The prefix is listed once per run, when the dataset is first measured or read; end it with a slash, or `train`
+        also takes what is under `train-old`. `match` keeps the keys that fit
         a glob (in which `*` also spans `/`) or a predicate, `limit` the first so many of them. `label` is `"parent"`,
         the name of the folder that holds the object, or a callable of the key that returns a str, int or float.
         """
@@ -149,7 +154,8 @@ class CachedS3MapDataset(Dataset[Any]):
         """Make a dataset of the objects and labels in a CSV file.
 
         `key` and `label` are names in its first row, or numbers of columns, from 0, in a file without such a row;
-        `label=None` means no labels. A key that is no `s3://` URI is appended to `root`, as in `root="s3://bucket/images/"`.
+        `label=None` means no labels. A key that is no `s3://` URI is looked for below `root`, such as
+        `root="s3://bucket/images"`.
         Labels that all are whole numbers, or all numbers, are numbers; others are texts.
         """
         keys, labels = read_csv(path, key, label)
@@ -157,7 +163,8 @@ class CachedS3MapDataset(Dataset[Any]):
         for name in keys:
             if root is None and not name.startswith("s3://"):
                 raise ConfigurationError(f"{os.fspath(path)}: {name!r} is no S3 URI: say root='s3://bucket/'")
-            builder.add(ObjectInfo(*parse_uri(name if name.startswith("s3://") else f"{root}{name}")))
+            below = "" if root is None else root.rstrip("/") + "/"
+            builder.add(ObjectInfo(*parse_uri(name if name.startswith("s3://") else f"{below}{name}")))
         return cls._of_table(builder, os.fspath(path), labels, None, refresh, common)
 
     @classmethod
@@ -171,10 +178,12 @@ class CachedS3MapDataset(Dataset[Any]):
         common: _Common,
     ) -> Self:
         manifest = builder.build(endpoint="", source=source)
+        if labels is not None and label is not None:
+            raise ConfigurationError("both labels= and label= are given: give one of them")
         if labels is not None:
             manifest = manifest.with_labels(labels)
         elif (of_key := labeller(label)) is not None:
-            manifest = manifest.with_labels(of_key(info.key) for info in manifest)
+            manifest = manifest.with_labels(labels_of(manifest, of_key))
         dataset = cls._of(common, source, manifest=manifest)
         if refresh:
             dataset._parts[0].source.refresh()
@@ -183,10 +192,10 @@ class CachedS3MapDataset(Dataset[Any]):
     @classmethod
     def _of(cls, common: _Common, uri: str, **table: Any) -> Self:
         arguments: dict[str, Any] = dict(common)
-        unknown = arguments.keys() - _Common.__annotations__.keys()
-        if unknown:
-            known = ", ".join(sorted(_Common.__annotations__))
-            raise ConfigurationError(f"no argument or setting is called {min(unknown)!r}; there are {known}")
+        arguments.pop("reader_constructor", None)  # S3MapDataset's: objects are whole here, and need no advice
+        known = [*_Common.__annotations__, *_OF_CONSTRUCTORS]
+        for name in arguments.keys() - _Common.__annotations__.keys():
+            raise ConfigurationError(f"no argument or setting is called {name!r}{or_close_to(name, known)}")
         transform = arguments.pop("transform", None) or _identity
         target_transform = arguments.pop("target_transform", None)
         return cls([_Part(Source(StoreRecipe.of(**arguments), uri, **table), transform, target_transform)])
@@ -333,6 +342,8 @@ class CachedS3MapDataset(Dataset[Any]):
 
     def stats(self) -> dict[str, float]:
         """Return counters since the dataset was made, summed over this process and all of its workers.
+
+        Datasets made of one another (`subset`, `split`, `with_transform`) have them in common.
 
         Counts are ints, and names that end in `_s` seconds, summed over processes: `samples`, `hits` and `misses`
         (samples found in the cache, or waited for), `gets` and `bytes` (objects that arrived), `retries`, `failures`,

@@ -113,7 +113,7 @@ class Table:
                 manifest.save(self._saved)
         if not len(manifest):
             raise EmptyDataset(_nothing(manifest))
-        return manifest if self._label is None else manifest.with_labels(self._label(info.key) for info in manifest)
+        return manifest if self._label is None else manifest.with_labels(labels_of(manifest, self._label))
 
     @property
     def _saved(self) -> Path:
@@ -141,12 +141,23 @@ def _unlock_in_child() -> None:
 os.register_at_fork(after_in_child=_unlock_in_child)
 
 
+def labels_of(manifest: Manifest, label: Labeller) -> Iterator[Label]:
+    """The label of each object; an error of the callable names the key that it stumbled over."""
+    for info in manifest:
+        try:
+            yield label(info.key)
+        except Exception as error:
+            error.add_note(f"while labelling {info.uri}")
+            raise
+
+
 def _nothing(manifest: Manifest) -> str:
     left_out = manifest.left_out
     if left_out.get("filtered"):
         return f"{manifest.source}: none of {left_out['filtered']:,} keys fits the filter; correct match"
     markers = " but folder markers" if left_out.get("markers") else ""
-    return f"{manifest.source}: there is nothing{markers} under this prefix; check bucket, prefix and endpoint"
+    where = f"{manifest.source} at {manifest.endpoint}"
+    return f"{where}: there is nothing{markers} under this prefix; check bucket, prefix and endpoint"
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Protocol
 
 __all__ = ["Advance", "progress_bar"]
@@ -25,7 +26,8 @@ def progress_bar(
     title: str, total: int | None = None, *, show: bool = True, unit: str = "objects"
 ) -> Iterator[Advance]:
     """Yield what advances the bar. Drawn on standard error if that is a terminal or a notebook, and else not at all."""
-    if not show or not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+    in_notebook = "ipykernel" in sys.modules and find_spec("ipywidgets") is not None  # rich needs both
+    if not show or not (sys.stderr.isatty() or in_notebook):
         yield lambda count=1, *, note="": None
         return
     with _same_random_numbers():

@@ -1,9 +1,11 @@
 """One attempt loop for all that is asked of a store: full jitter, a deadline, an error that tells the story."""
 
 import asyncio
+import logging
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import SystemRandom
 from typing import TypeVar
 
@@ -13,8 +15,11 @@ __all__ = ["Retry"]
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.5
+_SILENCE_S = 5.0  # in trouble; then somebody who waits is told
+_SECONDS_BETWEEN_WARNINGS = 15.0
 
 
 _jitter = SystemRandom()  # never the global generator: it belongs to the user's transforms
@@ -40,6 +45,7 @@ class Retry:
     first_contact: float
     reached: bool = False
     on_retry: Callable[[], object] | None = None
+    _warned: float = field(default=-math.inf, init=False, repr=False, compare=False)
 
     async def __call__(
         self,
@@ -80,12 +86,22 @@ class Retry:
             limit = deadline if self.reached else min(deadline, self.first_contact)
             spent = deadline - left
             if not failure.transient or tries > self.retries or spent + delay > limit:
-                raise _told(failure, tries, spent) from failure
+                _log.debug("given up", exc_info=failure)
+                raise _told(failure, tries, spent) from None  # a page of frames of aiohttp and botocore helps nobody
             last = f", the last one: {failure}"
             if self.on_retry is not None:
                 self.on_retry()
+            if spent > _SILENCE_S:
+                self._warn(failure, limit - spent)
             await asyncio.sleep(delay)
             left -= delay
+
+    def _warn(self, failure: AsyncdsError, left: float) -> None:
+        """Say that there is trouble: once in a while, however many objects are in it."""
+        now = asyncio.get_running_loop().time()
+        if now - self._warned > _SECONDS_BETWEEN_WARNINGS:
+            self._warned = now
+            _log.warning("%s; trying again, for %.0f s at most (ASYNCDS_DEADLINE)", failure, left)
 
 
 def _told(error: AsyncdsError, tries: int, spent: float) -> AsyncdsError:

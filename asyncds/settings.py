@@ -1,6 +1,9 @@
 """Every knob, its one default, and where its value may come from: arguments > environment > `.env` file > default."""
 
+import difflib
 import math
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -21,7 +24,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from asyncds.errors import ConfigurationError
 
-__all__ = ["Options", "Settings"]
+__all__ = ["Options", "Settings", "or_close_to"]
 
 # Credentials that belong together: all of them come from the place that names the first, or a session token of the
 # `.env` file would travel with the keys of the environment.
@@ -45,6 +48,8 @@ def _size(value: object) -> object:
         return share
     if not math.isfinite(share):
         raise ValueError("not a size")
+    if isinstance(value, str):
+        raise ValueError("bytes of what: B, kB, MB, GB?")
     return int(share)
 
 
@@ -69,10 +74,11 @@ class Options(TypedDict):
 
 
 class Settings(BaseSettings):
-    """One frozen, validated set of values. Unknown variables are ignored, secrets masked in `repr` and never pickled.
+    """One frozen, validated set of values; secrets are masked in `repr` and never pickled.
 
     `os.environ` and the `.env` file of the working directory (or `env_file`) are read once, when an instance is made;
-    neither is ever written. An unpickled instance has the same values, and the secrets of the process it is in.
+    neither is ever written. Variables `ASYNCDS_*` that mean nothing get a warning. An unpickled instance has the same
+    values, and the secrets of the process it is in.
 
     Raises `ConfigurationError`, in one line that names the variable or argument, its value and what is allowed.
     """
@@ -93,7 +99,7 @@ class Settings(BaseSettings):
     timeout: float = Field(10.0, gt=0, le=3600, description="seconds without progress that end an attempt")
     deadline: float = Field(60.0, gt=0, le=86400, description="seconds for one object, with its retries")
     first_contact: float = Field(5.0, gt=0, le=3600, description="seconds for an endpoint to answer for the first time")
-    retries: int = Field(50, ge=0, le=1000, description="further attempts for one object, within its deadline")
+    retries: int = Field(100, ge=0, le=1000, description="further attempts for one object, within its deadline")
     manifest_max_age: float = Field(
         0.0, ge=0, le=1e9, description="seconds for which a saved listing is used instead of a new one"
     )
@@ -113,10 +119,8 @@ class Settings(BaseSettings):
     _dotenv: str | Path | None = PrivateAttr(None)
 
     def __init__(self, *, env_file: str | Path | None = ".env", **values: Any) -> None:
-        unknown = values.keys() - type(self).model_fields.keys()
-        if unknown:
-            allowed = ", ".join(sorted(Options.__annotations__))
-            raise ConfigurationError(f"no setting is called {min(unknown)!r}; there are {allowed}")
+        for name in values.keys() - type(self).model_fields.keys():
+            raise ConfigurationError(f"no setting is called {name!r}{or_close_to(name, Options.__annotations__)}")
         try:
             super().__init__(_env_file=env_file, **values)
         except ValidationError as error:
@@ -134,6 +138,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        _warn_of_misspelt([*getattr(env_settings, "env_vars", ()), *getattr(dotenv_settings, "env_vars", ())])
         environment, file = env_settings(), dotenv_settings()
         for strong, weak in ((environment, file), (file, environment)):
             for name in (name for family in _CREDENTIALS if family[0] in strong for name in family):
@@ -150,6 +155,19 @@ class Settings(BaseSettings):
     def with_defaults(self, **values: Any) -> "Settings":
         """Return a copy in which `values` replace what neither arguments nor environment have set."""
         return self.model_copy(update={name: v for name, v in values.items() if name not in self.model_fields_set})
+
+
+def _warn_of_misspelt(variables: Iterable[str]) -> None:
+    known = [f"ASYNCDS_{name.upper()}" for name in Options.__annotations__]
+    for name in sorted({variable.upper() for variable in variables if variable.lower().startswith("asyncds_")}):
+        if name not in known:
+            warnings.warn(f"{name} is no variable of asyncds{or_close_to(name, known)}", stacklevel=2)
+
+
+def or_close_to(name: str, known: Iterable[str]) -> str:
+    """What somebody who wrote `name` may have meant, or else all that there is."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(known))}"
 
 
 def _rebuild(values: dict[str, Any]) -> Settings:

@@ -230,8 +230,9 @@ class Source:
         self.settings = recipe.settings
         self.endpoint = recipe.identity
         self.tag = f"{uri} at {self.endpoint}"
-        self.cache = Cache(self.settings.cache_dir, limit=self.settings.cache_size)
-        self.counters = Counters(self.cache.directory / "stats" / uuid4().hex)
+        notices = Path(self.settings.cache_dir, "asyncds", "stats", uuid4().hex)
+        self.cache = Cache(self.settings.cache_dir, limit=self.settings.cache_size, notices=notices)
+        self.counters = Counters(notices)
         self._uri = uri
         self.table = Table(
             self.cache.directory / "manifests",
@@ -246,7 +247,7 @@ class Source:
         self._runtimes: list[_Runtime] = []  # the last is this process's; those before it were inherited and lie still
         self._closed = False
         self._final: dict[str, float] | None = None
-        self._litter = [self.table.path, self.counters.path]
+        self._litter = [self.table.path, notices, notices.with_suffix(".full"), notices.with_suffix(".fault")]
         if self.table.lock.stem == self.table.path.stem:
             self._litter.append(self.table.lock)
         util.Finalize(self, _remove, (self._litter,), exitpriority=_LAST_TO_CLOSE)
@@ -263,7 +264,7 @@ class Source:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.cache = Cache(self.settings.cache_dir, limit=self.settings.cache_size)
+        self.cache = Cache(self.settings.cache_dir, limit=self.settings.cache_size, notices=self.counters.path)
 
     def __repr__(self) -> str:
         return f"<Source {self.tag}>"

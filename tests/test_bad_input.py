@@ -167,6 +167,22 @@ def test_no_credentials_at_all(s3, monkeypatch, workers):
     assert_says(error, AccessDenied, "s3://mnist/train", "no credentials", "set AWS_ACCESS_KEY_ID")
 
 
+def test_labels_given_in_two_ways():
+    with pytest.raises(ConfigurationError, match="both labels= and label="):
+        CachedS3MapDataset.from_objects(["s3://mnist/a/1.png"], ["a"], label="parent")
+
+
+def test_misspelt_argument_is_recognised():
+    with pytest.raises(ConfigurationError, match="no argument or setting is called 'lable': did you mean 'label'"):
+        CachedS3MapDataset.from_prefix("s3://mnist/", lable="parent")
+
+
+def test_error_in_a_callable_for_labels_names_the_key():
+    with pytest.raises(IndexError) as caught:
+        CachedS3MapDataset.from_objects(["s3://mnist/1.png"], label=lambda key: key.split("/")[1])
+    assert caught.value.__notes__ == ["while labelling s3://mnist/1.png"]
+
+
 def test_half_of_the_credentials(s3, monkeypatch):
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(ConfigurationError, match="AWS_SECRET_ACCESS_KEY is missing") as caught:
@@ -373,7 +389,7 @@ def test_kind_of_picture_that_there_is_not(as_):
         (b"s3://mnist/1,a\n", {"key": -1, "label": None}, "there is no column -1"),
         (b"s3://mnist/1,a\n", {"key": 0, "label": -1}, "there is no column -1"),
         (b"key,label\ntrain/1.png,a\n", {}, "'train/1.png' is no S3 URI: say root="),
-        (b"key,label\n1.png,a\n", {"root": "mnist"}, "'mnist1.png' is no S3 URI"),
+        (b"key,label\n1.png,a\n", {"root": "mnist"}, "'mnist/1.png' is no S3 URI"),
         (b"key,label\n\xff\xfe,a\n", {}, "cannot be read as CSV in UTF-8"),
         (b"key,label\n\0,a\n", {}, "table.csv"),
     ],

@@ -588,6 +588,22 @@ def test_full_disk_degrades_with_one_warning(cache, child):
     child("fork", store_beyond_the_limit, cache)
 
 
+def test_processes_of_a_run_warn_once_among_them(tmp_path, child):
+    caches = [Cache(tmp_path, limit=1, notices=tmp_path / run) for run in ("run", "run", "another")]
+    with pytest.warns(UserWarning, match="is full: what does not fit is downloaded again"):
+        caches[0].put_many([new(1, b"x")])
+    assert [cache.put_many([new(1, b"x")]) for cache in caches[:2]] == [0, 0]
+    child("spawn", store_in_silence, caches[1].directory.parent, tmp_path / "run")
+    with pytest.warns(UserWarning, match="is full"):
+        caches[2].put_many([new(1, b"x")])
+
+
+def store_in_silence(folder, notices):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Cache(folder, limit=1, notices=notices).put_many([new(1, b"x")]) == 0
+
+
 def test_warning_says_what_cannot_be_done_and_the_remedy(cache, monkeypatch):
     with monkeypatch.context() as patch:
         FailNth(patch, 1, errno.ENOSPC)

@@ -82,7 +82,7 @@ def test_warm_names_what_failed_and_exits_with_one(bucket):
 
 
 def test_warm_that_does_not_fit_says_so_and_exits_with_one(bucket):
-    code, output, errors = run("warm", "s3://mnist/train", "--cache-size", "1")
+    code, output, errors = run("warm", "s3://mnist/train", "--cache-size", "1B")
     assert (code, "30 did not fit" in output) == (1, True)
     assert errors == "error: 30 objects do not fit: raise ASYNCDS_CACHE_SIZE or free the disk\n"
 

@@ -76,16 +76,16 @@ def test_only_a_minio_without_keys_is_read_anonymously_unasked(monkeypatch, vari
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"AWS_ACCESS_KEY_ID": "k"}, "AWS_SECRET_ACCESS_KEY is missing: AWS_ACCESS_KEY_ID needs it"),
-        ({"AWS_SECRET_ACCESS_KEY": "s"}, "AWS_ACCESS_KEY_ID is missing: AWS_SECRET_ACCESS_KEY needs it"),
-        (MINIO_URL | {"MINIO_ACCESS_KEY": "k"}, "MINIO_SECRET_KEY is missing: MINIO_ACCESS_KEY needs it"),
-        (MINIO_URL | {"MINIO_SECRET_KEY": "s"}, "MINIO_ACCESS_KEY is missing: MINIO_SECRET_KEY needs it"),
+        ({"AWS_ACCESS_KEY_ID": "k"}, "AWS_SECRET_ACCESS_KEY is missing where AWS_ACCESS_KEY_ID is set"),
+        ({"AWS_SECRET_ACCESS_KEY": "s"}, "AWS_ACCESS_KEY_ID is missing where AWS_SECRET_ACCESS_KEY is set"),
+        (MINIO_URL | {"MINIO_ACCESS_KEY": "k"}, "MINIO_SECRET_KEY is missing where MINIO_ACCESS_KEY is set"),
+        (MINIO_URL | {"MINIO_SECRET_KEY": "s"}, "MINIO_ACCESS_KEY is missing where MINIO_SECRET_KEY is set"),
     ],
 )
 def test_half_a_pair_of_keys_names_the_other_half(monkeypatch, variables, message):
     with pytest.raises(ConfigurationError) as caught:
         resolve(monkeypatch, variables)
-    assert str(caught.value) == message
+    assert str(caught.value) == f"{message}: both have to be in the environment, or both in the .env file"
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,7 @@ def table(path: Path, *rows: tuple[object, ...]) -> Path:
     [
         ([("key", "label"), *zip(uris(), itertools.count())], {}, [0, 1], [str(n) for n in range(12)]),
         ([("key", "label"), *zip(KEYS, "abcabcabcabc", strict=True)], {"root": "s3://mnist/"}, [0, 1], ["a", "b", "c"]),
+        ([("key", "label"), *zip(KEYS, "abcabcabcabc", strict=True)], {"root": "s3://mnist"}, [0, 1], ["a", "b", "c"]),
         ([*zip("abcabcabcabc", uris(), strict=True)], {"key": 1, "label": 0}, [0, 1], ["a", "b", "c"]),
         ([("x", "y"), *zip(uris(), np.arange(12) / 2, strict=True)], {"key": "x", "label": "y"}, [0.0, 0.5], None),
         ([("label", "key"), *zip("abcabcabcabc", uris(), strict=True)], {"label": None}, None, None),
@@ -291,6 +292,11 @@ def test_csv_names_objects_and_labels(store, tmp_path, rows, options, labels, cl
         assert dataset.__getitems__([0, 1]) == (KEYS[:2] if labels is None else [*zip(KEYS[:2], labels, strict=True)])
         if classes is not None:
             assert sorted(dataset.classes) == sorted(classes)
+
+
+def test_reader_constructor_of_the_s3_connector_changes_nothing(store):
+    with CachedS3MapDataset.from_prefix(PREFIX, store=store, transform=key_of, reader_constructor=object()) as dataset:
+        assert list(dataset) == KEYS
 
 
 def test_csv_may_begin_with_a_byte_order_mark_and_hold_commas(s3, tmp_path):

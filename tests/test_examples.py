@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
+from torch.utils.data import DataLoader
 
 from asyncds.demo import bucket
 from asyncds.testing import LocalS3, local_s3
@@ -106,3 +108,20 @@ def test_a_wrong_value_is_answered_in_one_sentence(
     assert re.match(sentence, left.value.code), left.value.code
     assert "\n" not in left.value.code
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than some machines have cores
+def test_code_of_the_readme_feeds_a_loader(monkeypatch, s3, png):
+    s3.create_bucket("imagenet")
+    for name, ending in (("mnist", "png"), ("imagenet", "JPEG")):
+        s3.put_many(name, {f"train/{number % 2}/{number:02}.{ending}": png(number) for number in range(20)})
+    blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    images, labels = next(iter(names["loader"]))
+    assert (images.shape, sorted(set(labels.tolist()))) == ((20, 3, 28, 28), [0, 1])
+    for dataset, size in ((names["train"], 18), (names["held_out"], 2)):
+        images, _ = next(iter(DataLoader(dataset, 20)))
+        assert images.shape == (size, 3, 224, 224)

@@ -187,7 +187,7 @@ def test_labels_are_made_from_keys(folder, lister, child):
 @pytest.mark.parametrize(
     ("listed", "match", "message"),
     [
-        ([], None, r"s3://b/: there is nothing under this prefix; check bucket, prefix and endpoint"),
+        ([], None, r"s3://b/ at e: there is nothing under this prefix; check bucket, prefix and endpoint"),
         (KEYS, "*.gif", r"s3://b/: none of 3 keys fits the filter; correct match"),
     ],
 )

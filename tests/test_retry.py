@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+import traceback
 
 import pytest
 
@@ -122,6 +123,33 @@ async def test_waiting_for_a_slot_does_not_count(monkeypatch):
             attempts.now += 100
 
     assert await Retry(retries=9, deadline=6, first_contact=5)(attempts, "it", SlowSlots()) == "done"
+
+
+async def test_lasting_trouble_is_told_once_in_a_while_and_not_at_once(monkeypatch, caplog, one_second_pauses):
+    attempts = Attempts(*failed(40), monkeypatch=monkeypatch)
+    assert await Retry(retries=50, deadline=60, first_contact=5)(attempts, "it") == "done"
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 3
+    assert "503 SlowDown (7); trying again, for 54 s at most (ASYNCDS_DEADLINE)" in caplog.messages[0]
+
+
+async def test_short_trouble_is_not_told(monkeypatch, caplog, one_second_pauses):
+    attempts = Attempts(*failed(4), monkeypatch=monkeypatch)
+    assert await Retry(retries=50, deadline=60, first_contact=5)(attempts, "it") == "done"
+    assert not caplog.records
+
+
+async def test_traceback_of_an_error_is_short_and_the_whole_story_is_in_the_log(caplog):
+    async def attempt(clock):
+        try:
+            raise OSError("deep down")
+        except OSError as error:
+            raise AccessDenied("it: 403") from error
+
+    caplog.set_level("DEBUG", "asyncds")
+    with pytest.raises(AccessDenied) as caught:
+        await Retry(retries=9, deadline=60, first_contact=5)(attempt, "it")
+    assert "deep down" not in "".join(traceback.format_exception(caught.value))
+    assert "deep down" in caplog.text
 
 
 async def test_pause_holds_no_slot(monkeypatch):

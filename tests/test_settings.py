@@ -118,7 +118,10 @@ NUMBERS = {
     "first_contact": (["0", "3601", "x"], "must be a number above 0 to 3600"),
     "retries": (["-1", "1001", "x"], "must be a whole number from 0 to 1000"),
     "manifest_max_age": (["-1", "1e10", "x"], "must be a number from 0"),
-    "cache_size": (["0", "-1", "0%", "101%", "-5GB", "5 apples", "nan", "inf"], "must be bytes with a unit, such as"),
+    "cache_size": (
+        ["0", "-1", "0%", "101%", "-5GB", "50", "5e10", "5 apples", "nan", "inf"],
+        "must be bytes with a unit, such as",
+    ),
 }
 WRONG = [(field, value, allowed) for field, (values, allowed) in NUMBERS.items() for value in values]
 
@@ -160,10 +163,10 @@ def test_wrong_value_of_another_kind(values, message):
     [
         ("50GB", 50 * 10**9),
         ("1.5 GiB", 3 << 29),
-        ("4096", 4096),
+        ("4096B", 4096),
         (4096, 4096),
-        ("5e10", 5 * 10**10),
-        ("1", 1),
+        (5e10, 5 * 10**10),
+        ("1 B", 1),
         ("50%", 0.5),
         (" 12.5 % ", 0.125),
         ("100%", 1.0),
@@ -219,14 +222,22 @@ def test_environment_is_never_written():
     assert dict(os.environ) == before
 
 
-def test_unknown_variable_is_ignored_but_unknown_argument_rejected(monkeypatch):
+def test_unknown_variable_gets_a_warning_and_unknown_argument_is_rejected(monkeypatch):
     monkeypatch.setenv("ASYNCDS_CONCURENCY", "5")
     env_file(MNIST_BUCKET_NAME="mnist", ASYNCDS_NONSENSE="1")
-    assert Settings().concurrency == 256
-    with pytest.raises(ConfigurationError) as caught:
+    with pytest.warns(UserWarning, match="is no variable") as warned:
+        assert Settings().concurrency == 256
+    first, second = (str(warning.message) for warning in warned)
+    assert first == "ASYNCDS_CONCURENCY is no variable of asyncds: did you mean 'ASYNCDS_CONCURRENCY'?"
+    assert all(f"ASYNCDS_{name.upper()}" in second for name in ("NONSENSE", *Options.__annotations__))
+
+
+def test_unknown_argument_is_rejected():
+    with pytest.raises(ConfigurationError, match="'concurency': did you mean 'concurrency'"):
         Settings(concurency=5)
-    assert "'concurency'" in str(caught.value)
-    assert all(name in str(caught.value) for name in Options.__annotations__)
+    with pytest.raises(ConfigurationError) as caught:
+        Settings(nonsense=5)
+    assert all(name in str(caught.value) for name in ("'nonsense'", *Options.__annotations__))
 
 
 def test_settings_are_frozen():

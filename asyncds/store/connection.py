@@ -1,5 +1,6 @@
 """Which endpoint, which region, whose credentials: a pure decision from settings and arguments."""
 
+import functools
 import ipaddress
 import re
 import warnings
@@ -12,7 +13,9 @@ from pydantic import SecretStr
 from asyncds.errors import ConfigurationError
 from asyncds.settings import Settings
 
-__all__ = ["Connection"]
+__all__ = ["NOT_USED", "Connection"]
+
+NOT_USED = "MINIO_URL is not used"
 
 _AWS = "https://s3.amazonaws.com"
 _HOST = re.compile(r"(?!.*[-\w]{64})[-.:%\w]+")
@@ -67,7 +70,10 @@ class Connection:
         if (access is None) != (secret is None):
             names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
             names = names if family == "AWS" else ("MINIO_ACCESS_KEY", "MINIO_SECRET_KEY")
-            raise ConfigurationError(f"{names[access is not None]} is missing: {names[access is None]} needs it")
+            raise ConfigurationError(
+                f"{names[access is not None]} is missing where {names[access is None]} is set: "
+                "both have to be in the environment, or both in the .env file"
+            )
         return cls(
             family=family,
             endpoint=url,
@@ -186,7 +192,7 @@ def _minio_endpoint(settings: Settings) -> str:
 def _hint(settings: Settings, family: str, endpoint: str | None) -> str:
     if family == "AWS" and endpoint is None and settings.minio_url:
         return (
-            "MINIO_URL is not used, because AWS_ACCESS_KEY_ID or AWS_PROFILE is set: set AWS_ENDPOINT_URL or unset it"
+            f"{NOT_USED}, because AWS_ACCESS_KEY_ID or AWS_PROFILE is set: unset that, or set AWS_ENDPOINT_URL as well"
         )
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     return "check {} and {}".format(*(names if family == "AWS" else ("MINIO_ACCESS_KEY", "MINIO_SECRET_KEY")))
@@ -208,6 +214,7 @@ def _is_private(host: str) -> bool:
         return "." not in host or host.endswith(_PRIVATE_SUFFIXES)
 
 
+@functools.cache
 def _warn_of_plain_http(url: str | None) -> None:
     parts = urlsplit(url or "")
     if parts.scheme == "http" and not _is_private(parts.hostname or ""):

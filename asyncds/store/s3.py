@@ -12,7 +12,15 @@ import aiohttp
 from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 
-from asyncds.errors import BucketNotFound, ConfigurationError, ObjectChanged, ObjectNotFound, StoreError, TransferFailed
+from asyncds.errors import (
+    AsyncdsError,
+    BucketNotFound,
+    ConfigurationError,
+    ObjectChanged,
+    ObjectNotFound,
+    StoreError,
+    TransferFailed,
+)
 from asyncds.manifest import ObjectInfo, normalise_etag
 from asyncds.retry import Retry
 from asyncds.store.base import Reserve, no_bound
@@ -127,7 +135,7 @@ class S3Store:
         try:
             answer = await lane.get(info, await self._credentials(), reserve)
         except Exception as error:
-            raise translate(error, info.uri, self.connection.hint) from error
+            raise self._explained(error, info.uri) from error
         if answer.whole:
             self.lanes["lean"] += 1
             etag = answer.headers.get(b"etag", b"").decode("latin-1")
@@ -152,7 +160,7 @@ class S3Store:
             async with stream:
                 body = await self._read(stream, info, answer, reserve)
         except Exception as error:
-            raise translate(error, info.uri, self.connection.hint) from error
+            raise self._explained(error, info.uri) from error
         finally:
             _now_fetching.reset(reset)
             self._let_others_go(info.bucket)
@@ -202,13 +210,18 @@ class S3Store:
         frozen = await provider.get_frozen_credentials()
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
+    def _explained(self, error: Exception, what: str) -> AsyncdsError:
+        return translate(error, what, self.connection.hint, self.connection.endpoint or "AWS")
+
     # the client
 
     async def _page(self, client: Any, arguments: dict[str, str], what: str, _clock: object) -> Any:
         try:
             page = await self._asked(client.list_objects_v2, arguments, what)
         except ObjectNotFound:  # a 404 that does not say NoSuchBucket
-            raise BucketNotFound(f"{what}: no S3 server answers here (404); check the endpoint") from None
+            raise BucketNotFound(
+                f"{what}: {client.meta.endpoint_url} is no S3 server (404); check the endpoint"
+            ) from None
         if "IsTruncated" not in page:  # botocore takes any page of HTML for a listing of nothing
             raise TransferFailed(f"{what}: the answer is no listing").because("check that the endpoint is an S3 server")
         return page
@@ -217,7 +230,7 @@ class S3Store:
         try:
             return await method(**arguments)
         except Exception as error:
-            raise translate(error, what, self.connection.hint) from error
+            raise self._explained(error, what) from error
 
     async def _opened(self, what: str) -> Any:
         if self._loop is not asyncio.get_running_loop():  # another process's, after a fork, or another life
@@ -230,7 +243,7 @@ class S3Store:
                     try:
                         await self._open()
                     except Exception as error:
-                        raise translate(error, what, self.connection.hint) from error
+                        raise self._explained(error, what) from error
         return self._client
 
     async def _open(self) -> None:

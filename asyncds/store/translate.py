@@ -20,6 +20,7 @@ from asyncds.errors import (
     StoreError,
     TransferFailed,
 )
+from asyncds.store.connection import NOT_USED
 from asyncds.store.wire import BrokenConnection, NoConnection
 
 __all__ = ["status_error", "translate"]
@@ -42,23 +43,24 @@ _BROKEN = (
 _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
 
 
-def translate(error: Exception, what: str, hint: str = "") -> AsyncdsError:
-    """Return the error to raise; `what` names the object, listing or bucket, and `hint` whose keys were used."""
+def translate(error: Exception, what: str, hint: str = "", where: str = "this endpoint") -> AsyncdsError:
+    """Return the error to raise; `what` names the object, listing or bucket, `hint` whose keys were sent, and `where`
+    the endpoint."""
     inner = getattr(error, "kwargs", {}).get("error")
     for known in (error, inner):
         if isinstance(known, AsyncdsError):
             return known
     if isinstance(error, boto.ClientError):
-        return _of_response(error.response, what, hint)
+        return _of_response(error.response, what, hint, where)
     if any(sign in f"{error} {_reason(error)}" for sign in ("WRONG_VERSION_NUMBER", "RECORD_LAYER")):
         remedy = "write http:// in the endpoint, or MINIO_SECURE=false"
         return ConfigurationError(f"{what}: the server speaks plain http, not TLS; {remedy}")
     if isinstance(error, boto.SSLError) or isinstance(error.__cause__, ssl.SSLCertVerificationError):
         return StoreError(f"{what}: TLS is refused ({_reason(error)}); check the host name, or AWS_CA_BUNDLE")
     if isinstance(error, NoConnection):
-        return EndpointUnreachable(f"{what}: no connection to {error} ({_reason(error)})")
+        return _unreachable(f"{what}: no connection to {error} ({_reason(error)})", hint)
     if isinstance(error, _UNREACHABLE):
-        return EndpointUnreachable(f"{what}: no connection to {_host(error)}")
+        return _unreachable(f"{what}: no connection to {_host(error)}", hint)
     if isinstance(error, ResponseParserError):
         return TransferFailed(f"{what}: the answer is not S3's").because("check that the endpoint is an S3 server")
     if isinstance(error, BrokenConnection):
@@ -72,16 +74,23 @@ def translate(error: Exception, what: str, hint: str = "") -> AsyncdsError:
     return StoreError(f"{what}: {type(error).__name__}: {error}")
 
 
-def _of_response(response: Any, what: str, hint: str) -> AsyncdsError:
+def _unreachable(message: str, hint: str) -> AsyncdsError:
+    error = EndpointUnreachable(message)
+    return error.because(hint) if hint.startswith(NOT_USED) else error
+
+
+def _of_response(response: Any, what: str, hint: str, where: str) -> AsyncdsError:
     error, status = response.get("Error", {}), response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return status_error(status, str(error.get("Code", status)), what, str(error.get("Message", "")), hint)
+    return status_error(status, str(error.get("Code", status)), what, str(error.get("Message", "")), hint, where)
 
 
-def status_error(status: int, code: str, what: str, message: str = "", hint: str = "") -> AsyncdsError:
+def status_error(
+    status: int, code: str, what: str, message: str = "", hint: str = "", where: str = "this endpoint"
+) -> AsyncdsError:
     """Return the error that an HTTP status and S3's error code stand for."""
     said = f"{what}: {status} {code}" if code not in ("", str(status)) else f"{what}: status {status}"
     if code == "NoSuchBucket":
-        return BucketNotFound(f"{what}: the bucket does not exist at this endpoint; check its name and the endpoint")
+        return BucketNotFound(f"{what}: the bucket does not exist at {where}; check its name and the endpoint")
     if code == "PreconditionFailed" or status == 412:
         return ObjectChanged(f"{what}: the object changed")
     if code == "NoSuchKey" or status == 404:
@@ -90,7 +99,7 @@ def status_error(status: int, code: str, what: str, message: str = "", hint: str
         return TransferFailed(said).because("lower ASYNCDS_CONCURRENCY, or try again later")
     if code in _DENIED or status in (401, 403):
         detail = f" ({message.rstrip('.')})" if message else ""
-        return AccessDenied(f"{said}{detail}; {hint or 'check the credentials'} and the bucket's policy")
+        return AccessDenied(f"{said}{detail} from {where}; {hint or 'check the credentials'} and the bucket's policy")
     if code == "InvalidBucketName":
         return ConfigurationError(f"{what}: this cannot be a bucket's name: it has 3 to 63 characters")
     return StoreError(f"{said}{f' ({message})' if message else ''}")
