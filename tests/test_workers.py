@@ -562,7 +562,10 @@ def test_dataset_that_is_only_forgotten_leaves_no_thread_and_no_file(bucket):
     folder = Settings().cache_dir / "asyncds"
     assert [*folder.glob("stats/*")] != []
     del dataset
-    gc.collect()
+    gc.collect()  # which waits for nothing: the loop winds up by itself
+    for thread in threading.enumerate():
+        if thread.name in our_threads():
+            thread.join(EXIT_S)
     assert our_threads() == []
     assert [*folder.glob("stats/*"), *folder.glob("manifests/run-*")] == []
 
