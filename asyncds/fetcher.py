@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 _MEMORY = 32 << 20
 _LOOKUP = 200
 _STALE_S = 0.02
+_SECONDS_BETWEEN_CLAIMS = 0.03
 _SLOWEST = 1e6  # bytes per second below which a large object may miss its deadline
 _UNLISTED = 64 << 10  # bytes that an object of unknown size is taken for at least, until its answer begins
 _BATCH_ENTRIES = 256
@@ -258,6 +259,7 @@ class Fetcher:
         self._unwritten: deque[tuple[NewEntry, asyncio.Future[None]]] = deque()
         self._writing: asyncio.Task[None] | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="asyncds-writer")
+        self._looking: list[tuple[ObjectInfo, asyncio.Future[tuple[ObjectInfo, Fetched | None]]]] = []
         self._closed = False
         self._done = self._failed = self._bytes = 0
 
@@ -357,10 +359,54 @@ class Fetcher:
     # one download
 
     async def _fly(self, info: ObjectInfo, arrived: asyncio.Future[Fetched]) -> None:
+        async with self._claimed(info) as (info, found, waited):
+            if found is not None:
+                arrived.set_result(found)
+            else:
+                await self._download(info, arrived, waited)
+
+    @contextlib.asynccontextmanager
+    async def _claimed(self, info: ObjectInfo) -> AsyncGenerator[tuple[ObjectInfo, Fetched | None, float], None]:
+        """Be the only one on this machine who brings the object, and look whether somebody has brought it just now.
+
+        Yields what the object is known as, what the cache has of it, and how many seconds it took. Who waits for a
+        process that stands still waits for a quarter of the deadline, and then brings the object as well.
+        """
+        if self._cache is None or self._cache.full:
+            yield info, None, 0.0
+            return
+        id, now = object_id(self._store.endpoint, info.bucket, info.key), asyncio.get_running_loop().time
+        started, claimed = now(), self._cache.claim(id)
+        try:
+            while not claimed and now() - started < self._retry.deadline / 4:
+                await asyncio.sleep(_SECONDS_BETWEEN_CLAIMS)
+                claimed = self._cache.claim(id)
+            yield *await self._look_again(info), now() - started
+        finally:
+            if claimed:
+                self._cache.unclaim(id)
+
+    def _look_again(self, info: ObjectInfo) -> asyncio.Future[tuple[ObjectInfo, Fetched | None]]:
+        """Look an object up, together with the others that come here in the same turn of the loop."""
+        loop = asyncio.get_running_loop()
+        if not self._looking:
+            loop.call_soon(self._look_all_up)
+        result: asyncio.Future[tuple[ObjectInfo, Fetched | None]] = loop.create_future()
+        self._looking.append((info, result))
+        return result
+
+    def _look_all_up(self) -> None:
+        looking, self._looking = self._looking, []
+        answers = self._lookup([info for info, _ in looking])
+        for (_, result), info, found in zip(looking, *answers, strict=True):
+            if not result.done():
+                result.set_result((info, found))
+
+    async def _download(self, info: ObjectInfo, arrived: asyncio.Future[Fetched], waited: float) -> None:
         turn = _Turn(self._slots, self._memory, self.expected_size(info))
         try:
             attempt = partial(self._attempt, info, turn)
-            fetched = await self._retry(attempt, info.uri, turn, turn.size / _SLOWEST)
+            fetched = await self._retry(attempt, info.uri, turn, turn.size / _SLOWEST - waited)
             await turn.hold(len(fetched.body))
             self._done += 1
             self._bytes += len(fetched.body)

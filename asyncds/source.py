@@ -245,6 +245,7 @@ class Source:
             label=label,
         )
         self._runtimes: list[_Runtime] = []  # the last is this process's; those before it were inherited and lie still
+        self._hold()
         self._closed = False
         self._final: dict[str, float] | None = None
         self._litter = [self.table.path, notices, notices.with_suffix(".full"), notices.with_suffix(".fault")]
@@ -259,12 +260,18 @@ class Source:
             util.Finalize(None, _remove, (self._litter[:],), exitpriority=_LAST_TO_CLOSE)
             self._litter.clear()
         state = self.__dict__ | {"_runtimes": [], "_litter": []}
-        del state["cache"]
+        del state["cache"], state["_release"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.cache = Cache(self.settings.cache_dir, limit=self.settings.cache_size, notices=self.counters.path)
+        self._hold()
+
+    def _hold(self) -> None:
+        """Keep others from making room at the cost of this dataset, until it is closed or gone."""
+        self.cache.hold(self.tag)
+        self._release = weakref.finalize(self, self.cache.release, self.tag)
 
     def __repr__(self) -> str:
         return f"<Source {self.tag}>"
@@ -329,6 +336,7 @@ class Source:
         if self._runtimes and self._runtimes[-1].pid == os.getpid():
             self._runtimes[-1].close()
         self._final = self.counters.total()
+        self._release()
         self.cache.close()
         if os.getpid() == self.table.owner:
             _remove(self._litter)

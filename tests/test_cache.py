@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 import signal
 import sqlite3
 import stat
@@ -14,12 +15,14 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from diskcache.core import MODE_PICKLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncds.audit import PROBLEMS
 from asyncds.cache import INLINE_LIMIT, Cache
 from asyncds.entry import Entry, NewEntry, entry_key, object_id, pack_header, unpack
 from asyncds.errors import CacheError
@@ -77,6 +80,7 @@ def audit(cache):
     assert counted == sum(-(-size // 4096) * 4096 for size in files.values())
     assert count == len(names) + len(inline)
     assert rows(cache, "PRAGMA integrity_check") == [("ok",)]
+    assert cache.check() == {}
 
 
 @pytest.fixture
@@ -615,7 +619,6 @@ def test_warning_says_what_cannot_be_done_and_the_remedy(cache, monkeypatch):
 
 
 DISASTERS = {
-    "garbage": lambda cache: database(cache).write_bytes(b"garbage " * 1000),
     "a table that is gone": lambda cache: rows(cache, "DROP TABLE Cache"),
     "a directory": lambda cache: (database(cache).unlink(), database(cache).mkdir()),
 }
@@ -639,7 +642,47 @@ def test_broken_database_degrades_with_one_warning(tmp_path, disaster):
     assert cache.faults >= 4
 
 
+def wrecked_header(path):
+    path.write_bytes(b"garbage " * 1000)
+
+
+def wrecked_pages(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + b"\xa5" * (len(content) - 4096))
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("open_before", [False, True])
+@pytest.mark.parametrize("wreck", [wrecked_header, wrecked_pages, emptied])
 @pytest.mark.filterwarnings("ignore:the cache in")
+def test_damaged_index_is_set_aside_and_made_anew_and_its_space_taken_back(tmp_path, wreck, open_before):
+    cache = Cache(tmp_path)
+    entries, keys = stored(cache, *BODIES)
+    cache.close()
+    for leftover in database(cache).parent.glob("cache.db-*"):
+        leftover.unlink()
+    if not open_before:
+        wreck(database(cache))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cache = Cache(tmp_path)
+        if open_before:
+            wreck(database(cache))
+        for _ in range(3):
+            assert all(
+                entry in (None, Entry("v1", body)) for entry, body in zip(cache.get_many(keys), BODIES, strict=True)
+            )
+            cache.put_many(entries)
+    assert len({str(warning.message) for warning in caught}) <= 2
+    assert cache.get_many(keys) == [Entry("v1", body) for body in BODIES]
+    cache.sweep()
+    audit(cache)
+
+
+@pytest.mark.filterwarnings("ignore:the cache")
 def test_broken_database_breaks_neither_repr_nor_refresh(tmp_path):
     cache = Cache(tmp_path)
     database(cache).write_bytes(b"garbage " * 1000)
@@ -674,6 +717,151 @@ def test_directory_that_vanishes_under_a_job_does_not_stop_it(tmp_path):
     (tmp_path / "cache").rename(tmp_path / "elsewhere")
     assert cache.get_many(keys) == [None] * len(keys)
     assert cache.put_many(entries) in (0, len(entries))
+
+
+# the audit
+
+
+def first_file(cache):
+    return next((cache.directory / "objects").glob("*/*.obj"))
+
+
+def overwrite(path, content):
+    path.write_bytes(content)
+
+
+SEEDED = {
+    "damaged": lambda cache: overwrite(first_file(cache), first_file(cache).read_bytes()[:-1] + b"?"),
+    "missing": lambda cache: first_file(cache).unlink(),
+    "orphan": lambda cache: shutil.copy(first_file(cache), first_file(cache).with_name("0" * 30 + ".obj")),
+    "temporary": lambda cache: first_file(cache).with_suffix(".tmp").touch(0o600),
+    "accounting": lambda cache: rows(cache, "UPDATE Settings SET value = value + 1 WHERE key = 'size'"),
+    "permissions": lambda cache: first_file(cache).chmod(0o644),
+    "index": lambda cache: wrecked_pages(database(cache)),
+}
+
+
+@pytest.mark.parametrize("kind", SEEDED)
+@pytest.mark.filterwarnings("ignore:the cache")
+def test_audit_names_what_is_wrong_and_mends_it(tmp_path, kind):
+    cache = Cache(tmp_path)
+    _, keys = stored(cache, *BODIES)
+    assert cache.check() == {}
+    if kind == "index":
+        cache.close()
+        for leftover in database(cache).parent.glob("cache.db-*"):
+            leftover.unlink()
+    SEEDED[kind](cache)
+    problems = cache.check(fix=True)
+    assert (kind in problems, set(PROBLEMS) >= problems.keys()) == (True, True)
+    if kind != "index":
+        assert ([*problems], len(problems[kind])) == ([kind], 1)
+    assert cache.check() == {}
+    assert all(entry in (None, Entry("v1", body)) for entry, body in zip(cache.get_many(keys), BODIES, strict=True))
+    audit(cache)
+
+
+def test_audit_reports_what_is_foreign_and_leaves_it_alone(cache, tmp_path):
+    stored(cache, *BODIES)
+    (tmp_path / "outside").write_bytes(b"outside")
+    foreign = [(cache.directory / "objects") / "notes.txt", first_file(cache).with_name("a.obj")]
+    for path in foreign:
+        path.touch(0o600)
+    link = first_file(cache).with_name("1" * 30 + ".obj")
+    link.symlink_to(tmp_path / "outside")
+    assert {kind: sorted(paths) for kind, paths in cache.check(fix=True).items()} == {
+        "foreign": sorted(map(str, [*foreign, link]))
+    }
+    assert (tmp_path / "outside").read_bytes() == b"outside"
+    for path in [*foreign, link]:
+        path.unlink()
+
+
+# the sweep
+
+
+def litter(cache, count=3):
+    """Files such as a writer leaves that was killed before it had written their rows."""
+    folder = (cache.directory / "objects") / "ab"
+    folder.mkdir(0o700, exist_ok=True)
+    paths = [folder / f"{number:030x}{ending}" for number in range(count) for ending in (".obj", ".tmp")]
+    for path in paths:
+        path.write_bytes(b"x" * 5000)
+        path.chmod(0o600)
+    return paths
+
+
+def test_sweep_takes_back_what_no_row_names_and_nothing_else(cache):
+    _, keys = stored(cache, *BODIES)
+    litter(cache)
+    assert cache.check().keys() == {"orphan", "temporary"}
+    assert cache.sweep() == 6 * 8192
+    assert cache.sweep() == 0
+    assert cache.get_many(keys) == [Entry("v1", body) for body in BODIES]
+
+
+def test_file_that_is_being_written_is_no_litter(cache, monkeypatch):
+    swept, commit = [], Cache._commit
+
+    def sweeping(self, written, tag):
+        swept.append((self.sweep(), self.check()))
+        commit(self, written, tag)
+
+    monkeypatch.setattr(Cache, "_commit", sweeping)
+    _, keys = stored(cache, b"b" * BIG)
+    assert swept == [(0, {})]
+    assert cache.get_many(keys) == [Entry("v1", b"b" * BIG)]
+
+
+def write_and_wait(cache, written, go_on):
+    commit = Cache._commit
+
+    def waiting(self, *values):
+        written.set()
+        assert go_on.wait(20)
+        commit(self, *values)
+
+    with patch.object(Cache, "_commit", waiting):
+        stored(cache, b"b" * BIG)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_file_that_another_process_is_writing_is_no_litter(cache, method):
+    context = multiprocessing.get_context(method)
+    written, go_on = context.Event(), context.Event()
+    process = context.Process(target=write_and_wait, args=(cache if method == "fork" else None, written, go_on))
+    if method == "spawn":
+        process = context.Process(target=open_and_write, args=(cache.directory.parent, written, go_on))
+    process.start()
+    assert written.wait(20)
+    assert (cache.sweep(), cache.check()) == (0, {})
+    go_on.set()
+    process.join(20)
+    assert process.exitcode == 0
+    assert cache.get_many([key(new(0, b""))]) == [Entry("v1", b"b" * BIG)]
+
+
+def open_and_write(folder, written, go_on):
+    write_and_wait(Cache(folder), written, go_on)
+
+
+def test_next_run_sweeps_by_itself_after_a_kill_and_does_not_otherwise(tmp_path, child):
+    cache = Cache(tmp_path)
+    stored(cache, b"b" * BIG)
+    process = child("spawn", write_and_die, tmp_path, wait=False)
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    assert cache.check().keys() == {"orphan"}
+    reopened = Cache(tmp_path)
+    while cache.check():  # for as long as the test has time
+        pass
+    reopened.close()
+    cache.close()
+
+
+def write_and_die(folder):
+    Cache._commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    stored(Cache(folder), b"b" * BIG, b"c" * BIG)
 
 
 # the folder

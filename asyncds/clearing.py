@@ -1,0 +1,119 @@
+"""Make room in a cache from what nobody uses: older versions of objects, and datasets that no living process holds."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+from asyncds.entry import FIRST_SEEN
+from asyncds.folder import Folder, publish
+
+__all__ = ["Clearing"]
+
+_ROWS_AT_ONCE = 500
+_SECONDS_BETWEEN = 30.0
+_CLEARING = b"\0clearing"  # no dataset is called that
+
+
+class Clearing:
+    """Who uses which dataset, and what may therefore go.
+
+    A dataset is a tag of rows. It is held by a lock that its processes share, and that the kernel frees when they die.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._last = -_SECONDS_BETWEEN
+
+    def hold(self, tag: str) -> None:
+        """Say that this process uses a dataset, until `release` or its end."""
+        self._folder.datasets.share(_bytes(tag))
+        with contextlib.suppress(OSError):
+            publish(self._note(tag), json.dumps({"dataset": tag}) + "\n")
+
+    def release(self, tag: str) -> None:
+        """Undo one `hold`."""
+        self._folder.datasets.release(_bytes(tag))
+        with contextlib.suppress(OSError):
+            os.utime(self._note(tag))
+
+    def make_room(self, needed: int, tag: str) -> int:
+        """Remove what nobody uses, and not of the dataset `tag`, until so many bytes are free; return how many are.
+
+        First older versions, then the dataset that was used least recently. One process at a time does so, and not
+        again within half a minute where it found too little. May raise what the disk or the index raise.
+        """
+        now = time.monotonic()
+        if now - self._last < _SECONDS_BETWEEN or not self._folder.datasets.take(_CLEARING):
+            return 0
+        self._last, freed = now, 0
+        try:
+            for rows in self._of_nobody(tag):
+                freed += self._drop(rows)
+                if freed >= needed:
+                    self._last = -_SECONDS_BETWEEN
+                    break
+        finally:
+            self._folder.datasets.release(_CLEARING)
+        return freed
+
+    def _of_nobody(self, tag: str) -> Iterator[list[int]]:
+        """Numbers of rows that may go, some at a time."""
+        yield from self._older_versions()
+        for name in self._unheld(tag):
+            try:
+                last = 0
+                own = "SELECT rowid FROM Cache WHERE rowid > ? AND tag = ? ORDER BY rowid LIMIT ?"
+                while rows := self._folder.query(own, last, name, _ROWS_AT_ONCE):
+                    yield [row for (row,) in rows]
+                    last = rows[-1][0]
+                self._note(name).unlink(missing_ok=True)
+            finally:
+                self._folder.datasets.release(_bytes(name))
+
+    def _older_versions(self) -> Iterator[list[int]]:
+        """All but the version that was stored last, except where an unlisted object is known by its first."""
+        last, object, newest, pinned = b"", b"", 0, False
+        page = "SELECT key, rowid FROM Cache WHERE raw = 1 AND key > ? ORDER BY key LIMIT ?"
+        while rows := self._folder.query(page, last, 10 * _ROWS_AT_ONCE):
+            older = []
+            for key, row in rows:
+                if key[:16] != object:
+                    object, newest, pinned = key[:16], 0, key[16:] == FIRST_SEEN  # which sorts before all versions
+                elif not pinned and newest:
+                    older.append(min(row, newest))
+                newest = max(row, newest)
+            last = rows[-1][0]
+            for start in range(0, len(older), _ROWS_AT_ONCE):
+                yield older[start : start + _ROWS_AT_ONCE]
+
+    def _unheld(self, tag: str) -> Iterator[str]:
+        """Datasets, held alone while they are dealt with; the one used least recently first."""
+        used = []
+        for path in (self._folder.directory / "datasets").glob("*.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                used.append((path.stat().st_mtime, str(json.loads(path.read_text())["dataset"])))
+        for _, name in sorted(used):
+            if name != tag and self._folder.datasets.take(_bytes(name)):
+                yield name
+
+    def _drop(self, rows: Sequence[int]) -> int:
+        """Remove rows, then their files, and return how many bytes that frees."""
+        marks, before = ",".join("?" * len(rows)), self._folder.volume()
+        with self._folder.transaction() as index:
+            files = index.execute(f"SELECT filename FROM Cache WHERE rowid IN ({marks})", rows).fetchall()
+            index.execute(f"DELETE FROM Cache WHERE rowid IN ({marks})", rows)
+        for (filename,) in files:
+            self._folder.unlink(filename)
+        return before - self._folder.volume()
+
+    def _note(self, tag: str) -> Path:
+        name = blake2b(_bytes(tag), digest_size=16).hexdigest()
+        return self._folder.directory / "datasets" / f"{name}.json"
+
+
+def _bytes(tag: str) -> bytes:
+    return tag.encode("utf-8", "surrogatepass")

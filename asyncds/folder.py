@@ -1,0 +1,319 @@
+"""The folder of a cache: its layout, its index and the connections to it, its locks, and what becomes of its faults.
+
+Below the directory that the user names:
+
+    asyncds/
+    ├── CACHEDIR.TAG        so that backups skip it (https://bford.info/cachedir/)
+    ├── format.json         what made this folder, and in which format
+    ├── objects/cache.db    one row per entry (diskcache), small values inside
+    ├── objects/ab/….obj    one file per large value, under a random name: no path is ever made from a key
+    ├── datasets/           one small file per dataset, whose time says when it was last used
+    ├── locks/              what processes hold while they live: datasets they use, objects they bring, files they write
+    ├── manifests/          saved listings
+    └── stats/              counters of running datasets
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import sqlite3
+import stat
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from asyncds.errors import CacheError
+from asyncds.index import DATABASE, FAULTS, FILE_NAME, Index, connect, is_damage, is_trustworthy
+from asyncds.locks import Locks
+
+__all__ = ["BLOCK", "FORMAT", "WRITING", "Folder", "publish"]
+
+FORMAT = 1
+BLOCK = 4096
+WRITING = b"\0writing"
+"""The lock that everyone shares who may leave files behind when killed. No file is called that."""
+_REPAIRING = b"\0repairing"
+_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by asyncds: may be deleted when no job runs.\n"
+_VOLUME = (
+    "SELECT value + (SELECT page_count * page_size FROM pragma_page_count, pragma_page_size) "
+    "FROM Settings WHERE key = 'size'"
+)
+
+
+class Folder:
+    """A folder that processes share. Safe to use from any thread, also across `fork`.
+
+    Raises `CacheError` if it cannot be used when it is opened. `notices`, the beginning of a file's name, makes the
+    processes that are given the same one warn once among them.
+    """
+
+    def __init__(self, directory: Path, notices: Path | None) -> None:
+        self.directory = directory
+        self.objects = directory / "objects"
+        self.faults = 0
+        self.datasets, self.files, self.claims = (
+            Locks.at(directory / "locks" / name) for name in ("datasets", "files", "claims")
+        )
+        self._notices = notices
+        self._said: set[str] = set()
+        self._reading = threading.Lock()
+        self._writing = threading.Lock()
+        self._reader: sqlite3.Connection | None = None
+        self._index: Index | None = None
+        self._reads = self._writes = (0, 0)  # device and inode of the database that is open for each
+        self._noted = 0  # the process that has said that it writes
+        self._prepare()
+        _folders.add(self)
+
+    # the index
+
+    def query(self, statement: str, *values: object) -> list[Any]:
+        """Return all rows that the index answers with."""
+        with self._reading:
+            return self._connected().execute(statement, values).fetchall()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Index]:
+        """The index, for one transaction that this process's threads take in turns."""
+        with self._writing:
+            index = self._opened()
+            with index.transact():
+                yield index
+
+    def volume(self) -> int:
+        """Bytes on disk: the pages of the index, and files rounded up to blocks of 4 KiB."""
+        ((size,),) = self.query(_VOLUME)
+        return int(size)
+
+    def disk(self) -> tuple[int, int]:
+        """Bytes of the disk, in all and free."""
+        disk = os.statvfs(self.objects)
+        return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+
+    def unlink(self, filename: object) -> None:
+        """Delete the file that a row named, after the row, if the name is one that rows have."""
+        if isinstance(filename, str) and FILE_NAME.fullmatch(filename):
+            with contextlib.suppress(OSError):
+                os.unlink(self.objects / filename)
+
+    def _connected(self) -> sqlite3.Connection:
+        """The connection that reads; to be called while holding `_reading`."""
+        identity = self._identity()
+        if self._reader is not None and self._reads != identity:
+            self._reader.close()
+            self._reader = None
+        if self._reader is None:
+            with self._writing:
+                self._opened()
+            self._reads = self._identity()
+            self._reader = connect(self.objects / DATABASE)
+        return self._reader
+
+    def _opened(self) -> Index:
+        """The index for writing; to be called while holding `_writing`."""
+        identity = self._identity()
+        if self._index is not None and self._writes != identity:
+            self._index.close()
+            self._index = None
+        if self._index is None:
+            self._writes = identity
+            self._index = Index(self.objects)
+        return self._index
+
+    def _identity(self) -> tuple[int, int]:
+        """Device and inode of the database: another one, if somebody has replaced the folder; anew, if it is gone."""
+        try:
+            status = os.stat(self.objects / DATABASE)
+        except FileNotFoundError:
+            for locks in (self.datasets, self.files, self.claims):
+                locks.renew()
+            self._prepare()
+            status = os.stat(self.objects / DATABASE)
+        return status.st_dev, status.st_ino
+
+    def close(self) -> None:
+        """Close the connections; the next use opens them again."""
+        with self._reading, self._writing:
+            self._close()
+
+    def _close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        if self._index is not None:
+            self._index.close()
+        self._reader = None
+
+    # the layout
+
+    def _prepare(self) -> None:
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._check_owner()
+            self.directory.chmod(0o700)
+            self._mark()
+            for name in ("objects", "datasets", "locks", "manifests", "stats"):
+                (self.directory / name).mkdir(mode=0o700, exist_ok=True)
+            database = self.objects / DATABASE
+            if database.exists() and not is_trustworthy(database):
+                self._set_aside()
+            os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        except CacheError:
+            raise
+        except (OSError, sqlite3.Error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CacheError(
+                f"{self.directory} cannot be used as a cache ({reason}): set ASYNCDS_CACHE_DIR to a directory that can"
+            ) from None
+
+    def _check_owner(self) -> None:
+        status = self.directory.stat()
+        if status.st_uid != os.geteuid():
+            raise CacheError(
+                f"{self.directory} belongs to user {status.st_uid}: set ASYNCDS_CACHE_DIR to a directory of yours"
+            )
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise CacheError(
+                f"{self.directory} may be written by others ({stat.filemode(status.st_mode)}), who may have done so: "
+                "delete it, or, if you trust them, chmod -R go-rwx it"
+            )
+
+    def _mark(self) -> None:
+        """Say in the folder what it is; set an older format aside, and refuse a newer one."""
+        marker = self.directory / "format.json"
+        if marker.exists():
+            try:
+                made = int(json.loads(marker.read_text())["format"])
+            except (ValueError, KeyError, TypeError):
+                raise CacheError(f"{marker} is damaged: delete {self.directory}, or set ASYNCDS_CACHE_DIR") from None
+            if made > FORMAT:
+                raise CacheError(
+                    f"{self.directory} is of format {made}, this asyncds knows {FORMAT}: "
+                    "install a newer one, or set ASYNCDS_CACHE_DIR elsewhere"
+                )
+            if made == FORMAT:
+                return
+            aside = self.directory / f"objects-of-format-{made}-{secrets.token_hex(4)}"
+            self.objects.rename(aside)
+            self.warn(f"the cache was of format {made}: it was moved to {aside}, which you may delete")
+        publish(self.directory / "CACHEDIR.TAG", _TAG)
+        publish(marker, json.dumps({"made by": "asyncds", "format": FORMAT}) + "\n")
+
+    # who may leave something behind
+
+    @property
+    def dirty(self) -> Path:
+        """The file that is there if somebody has written since the folder was last swept."""
+        return self.directory / "locks" / "dirty"
+
+    def note_writing(self) -> None:
+        """Say, once per process, that it may leave files behind when it is killed."""
+        if self._noted != os.getpid():
+            until = time.monotonic() + 1.0
+            while not self.files.share(WRITING) and time.monotonic() < until:
+                time.sleep(0.001)  # a sweeper has it for as long as unlinking takes
+            self.note_litter()
+            self._noted = os.getpid()
+
+    def note_litter(self) -> None:
+        """Let the next run sweep."""
+        os.close(os.open(self.dirty, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+
+    # faults
+
+    def failed(self, what: str, error: Exception) -> None:
+        """Count a fault; repair what can be repaired, or say once that the cache is bypassed."""
+        self.faults += 1
+        if is_damage(error) and self.replace_index(only_if_open=True):
+            return
+        reason = getattr(error, "strerror", None) or error
+        self.say(
+            "fault",
+            f"the cache in {self.directory} cannot be {what} ({reason}): objects come straight from the store; "
+            "free the disk, or set ASYNCDS_CACHE_DIR",
+        )
+
+    def replace_index(self, *, only_if_open: bool = False) -> bool:
+        """Set the index aside and begin with an empty one; tell whether that was done. One process does so, once."""
+        if not self.files.take(_REPAIRING):
+            return False
+        try:
+            with self._reading, self._writing:
+                if not only_if_open or self._identity() in (self._reads, self._writes):
+                    self._close()
+                    self._set_aside()
+                    self._prepare()
+            return True
+        except FAULTS:
+            return False
+        finally:
+            self.files.release(_REPAIRING)
+
+    def _set_aside(self) -> None:
+        """Move the index away; the files that only it could name are litter from now on."""
+        aside = self.directory / f"damaged-{secrets.token_hex(4)}"
+        aside.mkdir(mode=0o700)
+        for suffix in ("-wal", "-shm", ""):  # the database last: who finds it gone finds none of its log
+            with contextlib.suppress(FileNotFoundError):
+                (self.objects / f"{DATABASE}{suffix}").rename(aside / f"{DATABASE}{suffix}")
+        self.note_litter()
+        self.warn(f"the cache's index was damaged: it was moved to {aside}, which you may delete")
+
+    def say(self, kind: str, message: str) -> None:
+        """Warn, if no process of the run has said so."""
+        if kind in self._said:
+            return
+        self._said.add(kind)
+        if self._notices is not None:
+            try:
+                os.close(os.open(f"{self._notices}.{kind}", os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            except FileExistsError:
+                return
+            except OSError:
+                pass  # a directory that takes no files is what there is to warn of
+        self.warn(message)
+
+    @staticmethod
+    def warn(message: str) -> None:
+        warnings.warn_explicit(message, UserWarning, "asyncds", 1)  # no line of code has caused it
+
+
+def publish(path: Path, text: str) -> None:
+    """Write a small private file, which appears whole."""
+    temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+        file.write(text)
+    temporary.replace(path)
+
+
+# SQLite keeps locks per process and must not be carried across a fork with a connection open: the child would believe
+# that it holds locks which it does not, and the parent's last close would take the write-ahead log from under it.
+# So connections are closed before a fork, while no thread is inside SQLite, and come back when they are next used.
+
+_folders: weakref.WeakSet[Folder] = weakref.WeakSet()
+_forking = threading.Lock()
+_held: list[Folder] = []
+
+
+def _before_fork() -> None:
+    _forking.acquire()
+    for folder in list(_folders):
+        folder._reading.acquire()
+        folder._writing.acquire()
+        folder._close()
+        _held.append(folder)
+
+
+def _after_fork() -> None:
+    while _held:
+        folder = _held.pop()
+        folder._writing.release()
+        folder._reading.release()
+    _forking.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

@@ -1,0 +1,118 @@
+"""The index of a cache: diskcache, made to know bytes only, and trusted only where it is what diskcache makes."""
+
+import contextlib
+import os
+import re
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diskcache
+
+__all__ = ["DATABASE", "FAULTS", "FILE_NAME", "Index", "Written", "connect", "is_damage", "is_trustworthy"]
+
+DATABASE = diskcache.core.DBNAME
+FILE_NAME = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}\.obj")
+FAULTS = (OSError, sqlite3.Error, diskcache.Timeout)
+_FILE_INDEX = "Cache_filename"
+_TABLES = {"Cache", "Settings", "Cache_key_raw", "Cache_expire_time", "sqlite_autoindex_Settings_1", _FILE_INDEX}
+_TRIGGER = re.compile(
+    r"CREATE TRIGGER Settings_\w+ AFTER (?:INSERT|UPDATE|DELETE) ON Cache FOR EACH ROW BEGIN"
+    r" UPDATE Settings SET value = value [-+ .\w]+ WHERE key = \"(?:count|size)\"; END"
+)
+_DAMAGE = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR}  # the last: a table is not there
+_SETTINGS = {
+    "eviction_policy": "none",
+    "cull_limit": 0,
+    "statistics": 0,
+    "tag_index": 0,
+    "size_limit": 1 << 62,
+    **{name: value for name, value in diskcache.DEFAULT_SETTINGS.items() if name.startswith(("sqlite_", "disk_"))},
+    "sqlite_mmap_size": 0,
+}
+
+
+class Written(NamedTuple):
+    """A value that is already where it belongs: in `filename`, or else to be put into the row."""
+
+    size: int
+    filename: str | None
+    value: bytes | None
+
+
+class _Disk(diskcache.Disk):  # type: ignore[misc]
+    """Serialization for diskcache that knows bytes only: nothing is ever pickled or unpickled."""
+
+    def put(self, key: bytes) -> tuple[memoryview, bool]:
+        return sqlite3.Binary(key), True
+
+    def get(self, key: bytes, raw: object) -> bytes:
+        return bytes(key)
+
+    def store(self, value: Written, read: bool, key: object = None) -> tuple[int, int, str | None, bytes | None]:
+        return value.size, diskcache.core.MODE_BINARY, value.filename, value.value
+
+    def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> Any:
+        raise TypeError("values are read, and checked, by asyncds.cache.Cache only")
+
+    def remove(self, file_path: object) -> None:
+        if isinstance(file_path, str) and FILE_NAME.fullmatch(file_path):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self._directory, file_path))
+
+
+class Index(diskcache.Cache):  # type: ignore[misc]
+    """diskcache with one connection, which any thread may use while it holds the owner's lock."""
+
+    _connection: sqlite3.Connection | None = None
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), timeout=10, disk=_Disk, **_SETTINGS)
+        self._con.execute(
+            f"CREATE INDEX IF NOT EXISTS {_FILE_INDEX} ON Cache (filename) WHERE filename IS NOT NULL"
+        )  # finds what no row names without reading the table
+
+    def execute(self, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
+        """Run a statement; several within `transact()`."""
+        return self._con.execute(statement, values)
+
+    @property
+    def _con(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._connection = connect(Path(self._directory) / DATABASE)
+        return self._connection
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA trusted_schema = 0")
+    connection.execute("PRAGMA synchronous = 1")  # like the others per connection; without it commits wait for the disk
+    return connection
+
+
+def is_trustworthy(path: Path) -> bool:
+    """Whether the schema is diskcache's own, and no setting is there that diskcache would pass on to SQLite."""
+    try:
+        with contextlib.closing(connect(path)) as connection:
+            schema = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+            settings = connection.execute("SELECT key FROM Settings").fetchall() if schema else []
+    except sqlite3.Error as error:
+        if error.sqlite_errorcode not in _DAMAGE:
+            raise
+        return False
+    known = {*diskcache.DEFAULT_SETTINGS, *diskcache.core.METADATA, *_SETTINGS}
+    return {key for (key,) in settings} <= known and all(
+        _TRIGGER.fullmatch(sql or "") if kind == "trigger" else kind in ("table", "index") and name in _TABLES
+        for kind, name, sql in schema
+    )
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether SQLite says that the database is none, or broken."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)

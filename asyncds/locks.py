@@ -1,0 +1,113 @@
+"""Locks between processes that the kernel lets go of when their process dies, however it dies.
+
+POSIX record locks at offsets of a file: one per name, without a file per name. They belong to the process: they do not
+tell its threads apart (`Locks` does), a forked child does not inherit them, and closing *any* descriptor of the file
+drops all of them. So this module alone opens the file, once per process.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+import weakref
+from hashlib import blake2b
+from pathlib import Path
+
+__all__ = ["Locks"]
+
+_BUSY = {errno.EACCES, errno.EAGAIN}
+
+
+class Locks:
+    """Exclusive and shared locks by name, in one file; `Locks.at(path)` makes or finds those of a file.
+
+    Safe to use from any thread; never waits. Where the file cannot be locked, every lock is granted: locks save work,
+    and no fault of theirs may stop training.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._guard = threading.Lock()
+        self._descriptor = -1
+        self._pid = 0
+        self._held: dict[int, int] = {}  # offset: how many share it in this process; -1 for one who has it alone
+
+    @classmethod
+    def at(cls, path: Path) -> "Locks":
+        """The locks of this file, which all of the process have in common."""
+        name = os.path.realpath(path)
+        with _making:
+            locks = _known.get(name)
+            if locks is None:
+                locks = _known[name] = cls(path)
+            return locks
+
+    def take(self, name: bytes) -> bool:
+        """Take the lock alone, unless anybody holds it, in this process or another; tell whether it was taken."""
+        with self._guard:
+            offset = _offset(name)
+            if offset in self._mine() or not self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, offset):
+                return False
+            self._held[offset] = -1
+            return True
+
+    def share(self, name: bytes) -> bool:
+        """Take the lock together with others who share it; tell whether it was taken."""
+        with self._guard:
+            offset = _offset(name)
+            count = self._mine().get(offset, 0)
+            if count < 0 or (count == 0 and not self._lock(fcntl.LOCK_SH | fcntl.LOCK_NB, offset)):
+                return False
+            self._held[offset] = count + 1
+            return True
+
+    def release(self, name: bytes) -> None:
+        """Let go, once for each time it was taken."""
+        with self._guard:
+            offset = _offset(name)
+            count = self._mine().pop(offset, 0)
+            if count > 1:
+                self._held[offset] = count - 1
+            elif count:
+                self._lock(fcntl.LOCK_UN, offset)
+
+    def renew(self) -> None:
+        """Begin with a new file, where the old one was deleted: whoever comes new would not see its locks."""
+        with self._guard:
+            self._descriptor, self._held = -1, {}  # the old one is closed together with this object
+
+    def _mine(self) -> dict[int, int]:
+        """What this process holds: nothing, after a fork, though it has the descriptor."""
+        if self._pid != os.getpid():
+            self._pid, self._held = os.getpid(), {}
+        if self._descriptor < 0:
+            with contextlib.suppress(OSError):
+                self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                weakref.finalize(self, os.close, self._descriptor).atexit = False
+        return self._held
+
+    def _lock(self, how: int, offset: int) -> bool:
+        try:
+            fcntl.lockf(self._descriptor, how, 1, offset)
+            return True
+        except (OSError, ValueError) as error:
+            return getattr(error, "errno", None) not in _BUSY
+
+
+def _offset(name: bytes) -> int:
+    return int.from_bytes(blake2b(name, digest_size=8).digest(), "little") >> 2
+
+
+_making = threading.Lock()
+_known: weakref.WeakValueDictionary[str, Locks] = weakref.WeakValueDictionary()
+
+
+def _unlock_in_child() -> None:
+    global _making
+    _making = threading.Lock()
+    for locks in list(_known.values()):
+        locks._guard = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_unlock_in_child)
