@@ -10,21 +10,22 @@ body (`asyncds.entry`). A row whose version is all zeros holds no bytes, but the
 seen: that is how objects that no listing described keep their version.
 """
 
-import contextlib
 import os
-import secrets
+import stat
 from collections.abc import Iterable, Sequence
 from errno import EISDIR, ELOOP, ENOENT, ENOTDIR, ENXIO
 from pathlib import Path
 
 from asyncds import audit
 from asyncds.clearing import Clearing
-from asyncds.entry import FIRST_SEEN, Entry, NewEntry, entry_key, pack_header, read_entry, unpack
+from asyncds.entry import FIRST_SEEN, Entry, NewEntry, entry_key, pack_header, pack_header_of, read_entry, unpack
+from asyncds.files import NewFile, Written
 from asyncds.folder import BLOCK, Folder
-from asyncds.index import FAULTS, FILE_NAME, Written
+from asyncds.index import FAULTS, FILE_NAME
+from asyncds.large import StoredBody, digest_of
 from asyncds.sweep import Sweeper
 
-__all__ = ["Cache"]
+__all__ = ["Cache", "LargeEntry"]
 
 INLINE_LIMIT = 32 << 10
 _FREE_FLOOR = 0.05
@@ -144,7 +145,8 @@ class Cache:
             self._folder.objects / filename, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         )
         with open(descriptor, "rb", buffering=0) as file:
-            return read_entry(key, file, os.fstat(descriptor).st_size)
+            status = os.fstat(descriptor)
+            return read_entry(key, file, status.st_size, descriptor) if stat.S_ISREG(status.st_mode) else None
 
     def _discard(self, key: bytes, row: tuple[object, object]) -> None:
         """Remove a bad row, unless another process has replaced it meanwhile, and its file."""
@@ -170,7 +172,7 @@ class Cache:
             noted = [(e.object + FIRST_SEEN, e.etag) for e in entries if e.first_seen]
             notes = [(key, Written(0, None, pack_header(key, etag, b""))) for key, etag in noted]
             if written or notes:
-                self._commit([*written, *notes], tag)
+                self.commit([*written, *notes], tag)
             self._warn_if_full()
             kept = present.keys() | {key for key, _ in written}
             return sum(entry_key(entry.object, entry.etag) in kept for entry in entries)
@@ -293,46 +295,48 @@ class Cache:
         header = pack_header(key, entry.etag, entry.body)
         if len(entry.body) < INLINE_LIMIT:
             return Written(0, None, header + entry.body)
-        name = secrets.token_hex(16)
-        filename = f"{name[:2]}/{name[2:]}.obj"
-        path = self._folder.objects / filename
-        temporary = path.with_suffix(".tmp")
-        self._folder.files.take(
-            filename.encode()
-        )  # until there is a row: what nobody holds, and no row names, is litter
+        file = NewFile(self._folder)
         try:
-            self._folder.note_writing()
-            with contextlib.suppress(FileExistsError):
-                path.parent.mkdir(mode=0o700)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with open(descriptor, "wb", buffering=0) as file:
-                for part in (header, entry.body):
-                    view = memoryview(part)
-                    while view:
-                        view = view[file.write(view) :]
-            temporary.rename(path)
+            file.write(0, header)
+            file.write(len(header), entry.body)
+            file.publish()
         except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            self._folder.files.release(filename.encode())
+            file.abandon()
             raise
-        return Written(_blocks(len(header) + len(entry.body)), filename, None)
+        return Written(_blocks(len(header) + len(entry.body)), file, None)
 
-    def _commit(self, written: Sequence[tuple[bytes, Written]], tag: str) -> None:
+    def begin(self, object: bytes, etag: str, size: int, tag: str = "") -> "LargeEntry | None":
+        """Begin to store an object that arrives in parts; None where it does not fit, or the disk fails."""
+        try:
+            room = self._room()
+            if room < size <= (self.capacity or size):
+                room += self._make_room(size - room, tag)
+            if size <= room:
+                return LargeEntry(self, NewFile(self._folder), NewEntry(object, etag, b""), size, tag)
+            self.full = True
+            self._warn_if_full()
+        except FAULTS as error:
+            self._folder.failed("written", error)
+        return None
+
+    def failed(self, what: str, error: Exception) -> None:
+        """Count a fault of the disk that somebody else has met, and say so once."""
+        self._folder.failed(what, error)
+
+    def commit(self, written: Sequence[tuple[bytes, Written]], tag: str) -> None:
+        """Let rows name what is written, with one transaction; used by those who write it."""
         try:
             with self._folder.transaction() as index:
                 for key, value in written:
                     index.set(key, value, tag=tag)
         except BaseException:
             for _, value in written:
-                self._folder.unlink(value.filename)
+                if value.file is not None:
+                    value.file.abandon()
             raise
-        finally:
-            for _, value in written:
-                if value.filename is not None:
-                    self._folder.files.release(value.filename.encode())
-
-    # the folder and its index
+        for _, value in written:
+            if value.file is not None:
+                value.file.settle()
 
     def _warn_if_full(self) -> None:
         if self.full:
@@ -351,3 +355,37 @@ def _on_disk(size: int) -> int:
 
 def _blocks(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
+
+
+class LargeEntry:
+    """An object that is being stored in parts, in any order, from any thread; ends with `finish` or `abandon`."""
+
+    def __init__(self, cache: Cache, file: NewFile, entry: NewEntry, size: int, tag: str) -> None:
+        self._cache = cache
+        self._file = file
+        self._entry = entry
+        self._key = entry_key(entry.object, entry.etag)
+        self._size = size
+        self._tag = tag
+        self._start = len(pack_header_of(self._key, entry.etag, size, 0))
+
+    def write(self, position: int, data: bytes) -> None:
+        """Write a part. Raises what the disk raises."""
+        self._file.write(self._start + position, data)
+
+    def finish(self, *, first_seen: bool = False) -> StoredBody:
+        """Store it, now that all parts are written, and return its body. Raises what disk and index raise."""
+        body = StoredBody(self._file.descriptor, self._start, self._size)
+        header = pack_header_of(self._key, self._entry.etag, self._size, digest_of(body))
+        self._file.write(0, header)
+        self._file.publish()
+        rows = [(self._key, Written(_blocks(len(header) + self._size), self._file, None))]
+        if first_seen:
+            note = self._entry.object + FIRST_SEEN
+            rows.append((note, Written(0, None, pack_header(note, self._entry.etag, b""))))
+        self._cache.commit(rows, self._tag)
+        return body
+
+    def abandon(self) -> None:
+        """Forget what was written."""
+        self._file.abandon()

@@ -194,6 +194,8 @@ class CachedS3MapDataset(Dataset[Any]):
         arguments: dict[str, Any] = dict(common)
         arguments.pop("reader_constructor", None)  # S3MapDataset's: objects are whole here, and need no advice
         known = [*_Common.__annotations__, *_OF_CONSTRUCTORS]
+        for name in arguments.keys() & set(_OF_CONSTRUCTORS):
+            raise ConfigurationError(f"{name}= is an argument of another constructor than this one")
         for name in arguments.keys() - _Common.__annotations__.keys():
             raise ConfigurationError(f"no argument or setting is called {name!r}{or_close_to(name, known)}")
         transform = arguments.pop("transform", None) or _identity

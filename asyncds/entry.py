@@ -7,9 +7,20 @@ from typing import NamedTuple, Protocol
 
 import xxhash
 
+from asyncds.large import LARGE, StoredBody, digest_of
 from asyncds.manifest import decode, encode, version_id
 
-__all__ = ["FIRST_SEEN", "Entry", "NewEntry", "entry_key", "object_id", "pack_header", "read_entry", "unpack"]
+__all__ = [
+    "FIRST_SEEN",
+    "Entry",
+    "NewEntry",
+    "entry_key",
+    "object_id",
+    "pack_header",
+    "pack_header_of",
+    "read_entry",
+    "unpack",
+]
 
 FIRST_SEEN = bytes(16)
 """The version of the row that holds no bytes, but the ETag under which an object was first seen."""
@@ -28,10 +39,10 @@ class Readable(Protocol):
 
 
 class Entry(NamedTuple):
-    """What is cached of one object."""
+    """What is cached of one object; a large one is still on disk."""
 
     etag: str
-    body: bytes
+    body: bytes | StoredBody
 
 
 class NewEntry(NamedTuple):
@@ -56,8 +67,13 @@ def entry_key(object: bytes, etag: str) -> bytes:
 
 def pack_header(key: bytes, etag: str, body: bytes) -> bytes:
     """What stands before the body of a value, in a row and in a file."""
+    return pack_header_of(key, etag, len(body), xxhash.xxh3_64_intdigest(body))
+
+
+def pack_header_of(key: bytes, etag: str, length: int, checksum: int) -> bytes:
+    """What stands before a body of this length and XXH3."""
     text = encode(etag)
-    start = _HEADER.pack(_MAGIC, len(text), len(body), key, xxhash.xxh3_64_intdigest(body)) + text
+    start = _HEADER.pack(_MAGIC, len(text), length, key, checksum) + text
     return start + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(start))
 
 
@@ -66,8 +82,11 @@ def unpack(key: bytes, value: bytes) -> Entry | None:
     return read_entry(key, io.BytesIO(value), len(value))
 
 
-def read_entry(key: bytes, file: Readable, size: int) -> Entry | None:
-    """As `unpack`, from a file of so many bytes. The body is read by itself: a large one is not held twice."""
+def read_entry(key: bytes, file: Readable, size: int, descriptor: int | None = None) -> Entry | None:
+    """As `unpack`, from a file of so many bytes. The body is read by itself: none is held twice.
+
+    One above 16 MiB is not read into memory if the `descriptor` of the file is given: it is checked, and stays there.
+    """
     start = file.read(_HEADER.size)
     if len(start) < _HEADER.size:
         return None
@@ -77,10 +96,14 @@ def read_entry(key: bytes, file: Readable, size: int) -> Entry | None:
     text = file.read(text_length)
     if file.read(_CHECKSUM.size) != _CHECKSUM.pack(xxhash.xxh3_64_intdigest(start + text)):
         return None
-    body = file.read(length)
-    while len(body) < length and (more := file.read(length - len(body))):  # the kernel reads 2 GiB at a time
-        body += more
-    if len(body) != length or xxhash.xxh3_64_intdigest(body) != checksum:
+    if descriptor is not None and length > LARGE:
+        stored = StoredBody(descriptor, size - length, length)
+        body: bytes | StoredBody = stored
+        found = digest_of(stored)
+    else:
+        body = file.read(length)
+        found = xxhash.xxh3_64_intdigest(body)
+    if len(body) != length or found != checksum:
         return None
     try:
         return Entry(decode(text), body)

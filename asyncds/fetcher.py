@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
+import inspect
 import logging
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,20 +11,22 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Self
 
-from asyncds.cache import Cache
+from asyncds.cache import Cache, LargeEntry
 from asyncds.entry import NewEntry, entry_key, object_id
-from asyncds.errors import AsyncdsError, DatasetClosed, ObjectChanged, TransferFailed
+from asyncds.errors import AsyncdsError, ConfigurationError, DatasetClosed, ObjectChanged, TransferFailed
+from asyncds.index import FAULTS
+from asyncds.large import LARGE, PART, StoredBody
 from asyncds.manifest import ObjectInfo
 from asyncds.retry import Retry
 from asyncds.stats import Counters
-from asyncds.store.base import ObjectStore
+from asyncds.store.base import NoParts, ObjectStore, no_bound
 
 __all__ = ["Fetched", "Fetcher", "Memory", "lookup"]
 
 _log = logging.getLogger(__name__)
 _MEMORY = 32 << 20
 _LOOKUP = 200
-_STALE_S = 0.02
+_SIZES_TOLD = 4  # for one object, before it is given up
 _SECONDS_BETWEEN_CLAIMS = 0.03
 _SLOWEST = 1e6  # bytes per second below which a large object may miss its deadline
 _UNLISTED = 64 << 10  # bytes that an object of unknown size is taken for at least, until its answer begins
@@ -33,10 +35,10 @@ _BATCH_BYTES = 8 << 20
 
 
 class Fetched(NamedTuple):
-    """An object as it was served: `info` has its true size and ETag."""
+    """An object as it was served: `info` has its true size and ETag. A large body that is cached stays on disk."""
 
     info: ObjectInfo
-    body: bytes
+    body: bytes | StoredBody
 
 
 def lookup(cache: Cache, endpoint: str, infos: Sequence[ObjectInfo]) -> tuple[list[ObjectInfo], list[Fetched | None]]:
@@ -72,12 +74,16 @@ def identify(cache: Cache, endpoint: str, infos: Sequence[ObjectInfo]) -> tuple[
     return known, [None if info.etag is None else entry_key(id, info.etag) for id, info in zip(ids, known, strict=True)]
 
 
-def verify(expected: ObjectInfo, served: ObjectInfo, body: bytes) -> None:
-    """Compare what arrived with what the manifest names. Raises `TransferFailed` or `ObjectChanged`."""
-    if expected.size is not None and len(body) != expected.size:
-        raise TransferFailed(f"{expected.uri}: {len(body)} bytes arrived, {expected.size} were listed")
-    if served.size is not None and len(body) != served.size:
-        raise TransferFailed(f"{expected.uri}: {len(body)} bytes arrived, {served.size} were announced")
+def verify(expected: ObjectInfo, served: ObjectInfo, body: bytes | None) -> None:
+    """Compare what arrived with what the manifest names; without a body, that of which a part arrived.
+
+    Raises `TransferFailed` or `ObjectChanged`.
+    """
+    size = served.size if body is None else len(body)
+    if expected.size is not None and size != expected.size:
+        raise TransferFailed(f"{expected.uri}: {size} bytes arrived, {expected.size} were listed")
+    if served.size is not None and size != served.size:
+        raise TransferFailed(f"{expected.uri}: {size} bytes arrived, {served.size} were announced")
     if served.etag is None:
         raise TransferFailed(f"{expected.uri}: the store sent no ETag, so that no version can be told from another")
     if expected.etag is not None and served.etag != expected.etag:
@@ -90,6 +96,14 @@ def _chunks(infos: Iterable[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
         yield chunk
 
 
+class _SizeTold(BaseException):
+    """The answer announces more than there is room for now. Not an `Exception`: no store may take it for its own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size
+
+
 class Memory:
     """Bytes that may be on their way between socket and disk: first come, first served; a giant goes alone."""
 
@@ -100,8 +114,7 @@ class Memory:
 
     async def take(self, amount: int) -> None:
         """Wait until there is room for so many bytes, and take it; to be given back by `give_back`."""
-        if not self._waiting and self._fits(amount):
-            self._used += amount
+        if self.take_now(amount):
             return
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append((amount, turn))
@@ -111,6 +124,13 @@ class Memory:
             if turn.done() and not turn.cancelled():
                 self.give_back(amount)
             raise
+
+    def take_now(self, amount: int) -> bool:
+        """Take room if there is some now, and nobody waits; tell whether there was."""
+        if self._waiting or not self._fits(amount):
+            return False
+        self._used += amount
+        return True
 
     def give_back(self, amount: int) -> None:
         self._used -= amount
@@ -139,25 +159,25 @@ class _Turn:
     async def __aenter__(self) -> None:
         await self._slots.acquire()
         try:
-            await self.hold(self.size)
+            await self._memory.take(self.size)
         except BaseException:
             self._slots.release()
             raise
+        self._held = self.size
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._slots.release()
         if kind is not None:
             self.release()
 
-    async def hold(self, size: int) -> None:
-        """Hold room for so many bytes instead of what is held now. Nothing is held while waiting for more."""
-        self.size = size
-        if size <= self._held:
+    def hold(self, size: int) -> bool:
+        """Hold room for so many bytes instead of what is held now, if there is some; tell whether there was."""
+        if size > self._held and not self._memory.take_now(size - self._held):
+            return False
+        if size < self._held:
             self._memory.give_back(self._held - size)
-        else:
-            self.release()
-            await self._memory.take(size)
-        self._held = size
+        self.size = self._held = size
+        return True
 
     def release(self) -> None:
         held, self._held = self._held, 0
@@ -247,6 +267,10 @@ class Fetcher:
         slots: asyncio.Semaphore | None = None,
         memory: Memory | None = None,
     ) -> None:
+        try:
+            inspect.signature(store.get).bind(None, None, None)
+        except TypeError:
+            raise ConfigurationError(f"{type(store).__name__}.get() must take (info, reserve, part)") from None
         self._store = store
         self._cache = cache
         self._concurrency = concurrency
@@ -299,20 +323,13 @@ class Fetcher:
         window = _Window(self, 2 * self._concurrency, self._memory.size)
         try:
             for chunk in _chunks(infos):
-                while chunk:
-                    looked, (known, hits) = time.monotonic(), self._lookup(chunk)
-                    place = 0
-                    # A look-up that has grown old is made again: somebody may have fetched the rest meanwhile.
-                    while place < len(chunk) and (place == 0 or time.monotonic() - looked < _STALE_S):
-                        hit = hits[place]
-                        if hit is not None:
-                            yield known[place], hit
-                        else:
-                            window.launch(known[place])
-                        while window.full:
-                            yield await window.next()
-                        place += 1
-                    chunk = chunk[place:]
+                for info, hit in zip(*self._lookup(chunk), strict=True):
+                    if hit is not None:
+                        yield info, hit
+                    else:
+                        window.launch(info)
+                    while window.full:
+                        yield await window.next()
             while window.pending:
                 yield await window.next()
         finally:
@@ -403,32 +420,120 @@ class Fetcher:
                 result.set_result((info, found))
 
     async def _download(self, info: ObjectInfo, arrived: asyncio.Future[Fetched], waited: float) -> None:
+        """Bring an object: a large one in parts, straight into its file, if cache and store can do that."""
+        asked = info
+        if self._cache is not None and info.size is None:
+            try:
+                return await self._download_whole(asked, info, arrived, waited, LARGE)
+            except _SizeTold:
+                info = await self._store.head(info.bucket, info.key)
+                if asked.etag not in (None, info.etag):
+                    raise ObjectChanged(f"{info.uri}: its ETag is {info.etag}, not {asked.etag}") from None
+        if self._cache is None or not await self._download_parts(asked, info, arrived, waited):
+            await self._download_whole(asked, info, arrived, waited)
+
+    async def _download_whole(
+        self,
+        asked: ObjectInfo,
+        info: ObjectInfo,
+        arrived: asyncio.Future[Fetched],
+        waited: float,
+        most: int | None = None,
+    ) -> None:
         turn = _Turn(self._slots, self._memory, self.expected_size(info))
         try:
-            attempt = partial(self._attempt, info, turn)
-            fetched = await self._retry(attempt, info.uri, turn, turn.size / _SLOWEST - waited)
-            await turn.hold(len(fetched.body))
-            self._done += 1
-            self._bytes += len(fetched.body)
-            self._count(gets=1, bytes=len(fetched.body))
-            arrived.set_result(fetched)
+            served, body = await self._brought(info, turn, waited, most)
+            turn.hold(len(body))
+            self._arrived(Fetched(served, body), arrived)
             if self._cache is not None:
-                await self._publish(info, fetched)
+                await self._publish(asked, served, body)
         finally:
             turn.release()
 
-    async def _attempt(self, info: ObjectInfo, turn: _Turn, clock: asyncio.Timeout) -> Fetched:
-        served, body = await self._store.get(info, partial(self._make_room, turn, clock))
-        verify(info, served, body)
-        return Fetched(served, body)
+    async def _brought(
+        self, info: ObjectInfo, turn: _Turn, waited: float, most: int | None
+    ) -> tuple[ObjectInfo, bytes]:
+        """Ask for an object as a whole; anew, with room for it, if its answer tells a size that there was no room for.
 
-    async def _make_room(self, turn: _Turn, clock: asyncio.Timeout, size: int) -> None:
-        """Wait for room for a body whose size the answer has told; the deadline waits, too."""
-        now, stop = asyncio.get_running_loop().time, clock.when()
-        left = (stop or now()) - now()
-        clock.reschedule(None)
-        await turn.hold(size)
-        clock.reschedule(now() + left)
+        Raises `_SizeTold` for one of more than `most` bytes.
+        """
+        for _ in range(_SIZES_TOLD):
+            attempt = partial(self._attempt, info, turn, most)
+            try:
+                return await self._retry(attempt, info.uri, turn, turn.size / _SLOWEST - waited)
+            except _SizeTold as told:
+                if most is not None and told.size > most:
+                    raise
+                turn.size = told.size
+        raise TransferFailed(f"{info.uri}: it was of another size each time it was asked for")
+
+    def _arrived(self, fetched: Fetched, arrived: asyncio.Future[Fetched]) -> None:
+        self._done += 1
+        self._bytes += len(fetched.body)
+        self._count(gets=1, bytes=len(fetched.body))
+        arrived.set_result(fetched)
+
+    async def _download_parts(
+        self, asked: ObjectInfo, info: ObjectInfo, arrived: asyncio.Future[Fetched], waited: float
+    ) -> bool:
+        """Bring a large object into its file; False where it is none, does not fit, or comes as a whole only."""
+        cache, loop = self._cache, asyncio.get_running_loop()
+        if cache is None or info.size is None or info.size <= LARGE or info.etag is None:
+            return False
+        id = object_id(self._store.endpoint, info.bucket, info.key)
+        entry = await loop.run_in_executor(self._writer, cache.begin, id, info.etag, info.size, self._tag)
+        if entry is None:
+            return False
+        parts = [slice(start, min(start + PART, info.size)) for start in range(0, info.size, PART)]
+        tasks = [asyncio.create_task(self._bring_part(info, part, entry, waited)) for part in parts]
+        try:
+            await asyncio.gather(*tasks)
+            finish = partial(entry.finish, first_seen=asked.etag is None)
+            body = await loop.run_in_executor(self._writer, finish)
+        except BaseException as error:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await loop.run_in_executor(self._writer, entry.abandon)  # after the parts that are being written there
+            if isinstance(error, NoParts):
+                return False
+            if isinstance(error, FAULTS) and not isinstance(error, AsyncdsError):
+                cache.failed("written", error)
+                return False
+            raise
+        self._arrived(Fetched(info, body), arrived)
+        return True
+
+    async def _bring_part(self, info: ObjectInfo, part: slice, entry: LargeEntry, waited: float) -> None:
+        turn = _Turn(self._slots, self._memory, part.stop - part.start)
+        try:
+            attempt = partial(self._attempt_part, info, part)
+            body = await self._retry(attempt, info.uri, turn, (info.size or 0) / _SLOWEST - waited)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._writer, entry.write, part.start, body)
+        finally:
+            turn.release()
+
+    async def _attempt_part(self, info: ObjectInfo, part: slice, _: asyncio.Timeout) -> bytes:
+        served, body = await self._store.get(info, no_bound, part)
+        if len(body) != part.stop - part.start:
+            raise TransferFailed(f"{info.uri}: {len(body)} bytes of a part of {part.stop - part.start} arrived")
+        verify(info, served, None)
+        return body
+
+    async def _attempt(
+        self, info: ObjectInfo, turn: _Turn, most: int | None, clock: asyncio.Timeout
+    ) -> tuple[ObjectInfo, bytes]:
+        served, body = await self._store.get(info, partial(self._admit, turn, most, clock))
+        verify(info, served, body)
+        return served, body
+
+    def _admit(self, turn: _Turn, most: int | None, clock: asyncio.Timeout, size: int) -> None:
+        """Make room for a body whose size its answer has told, and time, too. Raises `_SizeTold` if there is none."""
+        more = max(0, size - turn.size)
+        if (most is not None and size > most) or not turn.hold(size):
+            raise _SizeTold(size)
+        clock.reschedule((clock.when() or 0.0) + more / _SLOWEST)
 
     def _landed(self, key: tuple[str, str, str | None], flight: Flight) -> None:
         """Let go of a flight, and tell those who wait when it failed."""
@@ -450,10 +555,9 @@ class Fetcher:
 
     # into the cache, off the loop, as many at once as have gathered
 
-    async def _publish(self, asked: ObjectInfo, fetched: Fetched) -> None:
-        info = fetched.info
+    async def _publish(self, asked: ObjectInfo, info: ObjectInfo, body: bytes) -> None:
         id = object_id(self._store.endpoint, info.bucket, info.key)
-        entry = NewEntry(id, info.etag or "", fetched.body, first_seen=asked.etag is None)
+        entry = NewEntry(id, info.etag or "", body, first_seen=asked.etag is None)
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._unwritten.append((entry, written))
         if self._writing is None or self._writing.done():

@@ -159,8 +159,7 @@ class Folder:
             for name in ("objects", "datasets", "locks", "manifests", "stats"):
                 (self.directory / name).mkdir(mode=0o700, exist_ok=True)
             database = self.objects / DATABASE
-            if database.exists() and not is_trustworthy(database):
-                self._set_aside()
+            aside = self._set_aside() if database.exists() and not is_trustworthy(database) else None
             os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         except CacheError:
             raise
@@ -169,6 +168,8 @@ class Folder:
             raise CacheError(
                 f"{self.directory} cannot be used as a cache ({reason}): set ASYNCDS_CACHE_DIR to a directory that can"
             ) from None
+        if aside is not None:
+            self._tell_of(aside)
 
     def _check_owner(self) -> None:
         status = self.directory.stat()
@@ -241,19 +242,22 @@ class Folder:
         """Set the index aside and begin with an empty one; tell whether that was done. One process does so, once."""
         if not self.files.take(_REPAIRING):
             return False
+        aside = None
         try:
             with self._reading, self._writing:
                 if not only_if_open or self._identity() in (self._reads, self._writes):
                     self._close()
-                    self._set_aside()
+                    aside = self._set_aside()
                     self._prepare()
-            return True
         except FAULTS:
             return False
         finally:
             self.files.release(_REPAIRING)
+        if aside is not None:
+            self._tell_of(aside)
+        return True
 
-    def _set_aside(self) -> None:
+    def _set_aside(self) -> Path:
         """Move the index away; the files that only it could name are litter from now on."""
         aside = self.directory / f"damaged-{secrets.token_hex(4)}"
         aside.mkdir(mode=0o700)
@@ -261,6 +265,9 @@ class Folder:
             with contextlib.suppress(FileNotFoundError):
                 (self.objects / f"{DATABASE}{suffix}").rename(aside / f"{DATABASE}{suffix}")
         self.note_litter()
+        return aside
+
+    def _tell_of(self, aside: Path) -> None:
         self.warn(f"the cache's index was damaged: it was moved to {aside}, which you may delete")
 
     def say(self, kind: str, message: str) -> None:

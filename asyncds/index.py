@@ -6,11 +6,14 @@ import re
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import diskcache
 
-__all__ = ["DATABASE", "FAULTS", "FILE_NAME", "Index", "Written", "connect", "is_damage", "is_trustworthy"]
+if TYPE_CHECKING:
+    from asyncds.files import Written
+
+__all__ = ["DATABASE", "FAULTS", "FILE_NAME", "Index", "connect", "is_damage", "is_trustworthy"]
 
 DATABASE = diskcache.core.DBNAME
 FILE_NAME = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}\.obj")
@@ -33,14 +36,6 @@ _SETTINGS = {
 }
 
 
-class Written(NamedTuple):
-    """A value that is already where it belongs: in `filename`, or else to be put into the row."""
-
-    size: int
-    filename: str | None
-    value: bytes | None
-
-
 class _Disk(diskcache.Disk):  # type: ignore[misc]
     """Serialization for diskcache that knows bytes only: nothing is ever pickled or unpickled."""
 
@@ -50,8 +45,9 @@ class _Disk(diskcache.Disk):  # type: ignore[misc]
     def get(self, key: bytes, raw: object) -> bytes:
         return bytes(key)
 
-    def store(self, value: Written, read: bool, key: object = None) -> tuple[int, int, str | None, bytes | None]:
-        return value.size, diskcache.core.MODE_BINARY, value.filename, value.value
+    def store(self, value: "Written", read: bool, key: object = None) -> tuple[int, int, str | None, bytes | None]:
+        filename = value.file.filename if value.file is not None else None
+        return value.size, diskcache.core.MODE_BINARY, filename, value.value
 
     def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> Any:
         raise TypeError("values are read, and checked, by asyncds.cache.Cache only")

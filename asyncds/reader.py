@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+from asyncds.large import StoredBody
 from asyncds.manifest import ObjectInfo
 
 __all__ = ["S3Reader"]
@@ -12,21 +13,26 @@ class S3Reader(io.BufferedIOBase):
     """A read-only binary file that also knows where it came from.
 
     `bucket`, `key`, `etag` (without quotes) and `size` (bytes) describe the object. Feeds PIL, `torch.load`, `tarfile`,
-    NumPy and whatever else reads from files. Seeking beyond the end stops at the end. Pickles with its bytes.
+    NumPy and whatever else reads from files; an object above 16 MiB that is cached is read from disk as it is needed.
+    Seeking beyond the end stops at the end. Pickles with its bytes.
     """
 
-    def __init__(self, bucket: str, key: str, body: bytes, etag: str | None = None) -> None:
+    def __init__(self, bucket: str, key: str, body: bytes | StoredBody, etag: str | None = None) -> None:
         self.bucket = bucket
         self.key = key
         self.etag = etag
         self.size = len(body)
-        self._file = io.BytesIO(body)
+        self._file = body.open() if isinstance(body, StoredBody) else io.BytesIO(body)
 
     def __repr__(self) -> str:
         return f"<S3Reader {ObjectInfo(self.bucket, self.key).uri}: {self.size:,} bytes>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return S3Reader, (self.bucket, self.key, self._file.getvalue(), self.etag)
+        place = self._file.tell()
+        self._file.seek(0)
+        body = self._file.read()
+        self._file.seek(place)
+        return S3Reader, (self.bucket, self.key, body, self.etag)
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Return the next `size` bytes; None and negative numbers read to the end."""

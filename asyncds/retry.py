@@ -35,8 +35,8 @@ class Retry:
     """Repeats what fails transiently, at most `retries` times and within `deadline` seconds.
 
     The clock runs during attempts and pauses, not while an attempt waits for its slot: a long queue is no fault of
-    the object that stands in it. Each attempt is given the clock, and may stop it for the same reason. An endpoint that
-    has never answered is given up after `first_contact` seconds.
+    the object that stands in it. Each attempt is given the clock, and may give itself more time. An endpoint that has
+    never answered is given up after `first_contact` seconds.
     Used from one event loop at a time.
     """
 

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import multiprocessing
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,6 +38,8 @@ _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 def _size(value: object) -> object:
     """`"50GB"` and `5e10` as bytes, an int; `"50%"` and `0.5` as a share of the disk, a float up to 1."""
+    if isinstance(value, float) and 0 < value <= 1:
+        return value
     text = str(value).strip()
     try:
         share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
@@ -158,10 +161,13 @@ class Settings(BaseSettings):
 
 
 def _warn_of_misspelt(variables: Iterable[str]) -> None:
-    known = [f"ASYNCDS_{name.upper()}" for name in Options.__annotations__]
+    if multiprocessing.parent_process() is not None:
+        return  # it was said already
+    known = [f"ASYNCDS_{name.upper()}" for name in Options.__annotations__ if name != "env_file"]
     for name in sorted({variable.upper() for variable in variables if variable.lower().startswith("asyncds_")}):
         if name not in known:
-            warnings.warn(f"{name} is no variable of asyncds{or_close_to(name, known)}", stacklevel=2)
+            message = f"{name} is no variable of asyncds{or_close_to(name, known)}"
+            warnings.warn_explicit(message, UserWarning, "asyncds", 1)  # no line of code has caused it
 
 
 def or_close_to(name: str, known: Iterable[str]) -> str:

@@ -29,7 +29,7 @@ class Sweeper:
     def start_if_needed(self) -> None:
         """Begin to sweep in the background."""
         if multiprocessing.parent_process() is None and self._folder.dirty.exists():
-            self._thread = threading.Thread(target=self._sweep, name="asyncds-sweeper", daemon=True)
+            self._thread = threading.Thread(target=self._sweep_quietly, name="asyncds-sweeper", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
@@ -46,6 +46,10 @@ class Sweeper:
     def _join(self) -> None:
         if self._thread is not None and self._thread.is_alive():
             self._thread.join()
+
+    def _sweep_quietly(self) -> None:
+        with contextlib.suppress(Warning):  # which some make errors: there is nobody here to catch them
+            self._sweep()
 
     def _sweep(self) -> int:
         folder = self._folder

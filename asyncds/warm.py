@@ -60,7 +60,7 @@ class Missing:
             for info, there in zip(infos, present, strict=True):
                 if there:
                     continue
-                if (info.size or 1) > room:
+                if self._cache.full if info.size is None else info.size > room:
                     self.unfit += 1
                 else:
                     room -= info.size or 0

@@ -172,6 +172,11 @@ def test_labels_given_in_two_ways():
         CachedS3MapDataset.from_objects(["s3://mnist/a/1.png"], ["a"], label="parent")
 
 
+def test_argument_of_another_constructor():
+    with pytest.raises(ConfigurationError, match="limit= is an argument of another constructor"):
+        CachedS3MapDataset.from_objects(["s3://mnist/1.png"], limit=10)
+
+
 def test_misspelt_argument_is_recognised():
     with pytest.raises(ConfigurationError, match="no argument or setting is called 'lable': did you mean 'label'"):
         CachedS3MapDataset.from_prefix("s3://mnist/", lable="parent")

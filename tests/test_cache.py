@@ -669,6 +669,7 @@ def test_damaged_index_is_set_aside_and_made_anew_and_its_space_taken_back(tmp_p
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         cache = Cache(tmp_path)
+        cache.sweep()
         if open_before:
             wreck(database(cache))
         for _ in range(3):
@@ -777,6 +778,20 @@ def test_audit_reports_what_is_foreign_and_leaves_it_alone(cache, tmp_path):
         path.unlink()
 
 
+@pytest.mark.parametrize("writing", [True, False])
+def test_pipe_in_the_place_of_a_file_is_a_miss(cache, writing):
+    entries, keys = stored(cache, b"b" * BIG)
+    path = first_file(cache)
+    path.unlink()
+    os.mkfifo(path, 0o600)
+    ends = os.open(path, os.O_RDWR | os.O_NONBLOCK) if writing else None
+    assert cache.get_many(keys) == [None]
+    if ends is not None:
+        os.close(ends)
+    assert cache.put_many(entries) == 1
+    path.unlink(missing_ok=True)
+
+
 # the sweep
 
 
@@ -801,27 +816,27 @@ def test_sweep_takes_back_what_no_row_names_and_nothing_else(cache):
 
 
 def test_file_that_is_being_written_is_no_litter(cache, monkeypatch):
-    swept, commit = [], Cache._commit
+    swept, commit = [], Cache.commit
 
     def sweeping(self, written, tag):
         swept.append((self.sweep(), self.check()))
         commit(self, written, tag)
 
-    monkeypatch.setattr(Cache, "_commit", sweeping)
+    monkeypatch.setattr(Cache, "commit", sweeping)
     _, keys = stored(cache, b"b" * BIG)
     assert swept == [(0, {})]
     assert cache.get_many(keys) == [Entry("v1", b"b" * BIG)]
 
 
 def write_and_wait(cache, written, go_on):
-    commit = Cache._commit
+    commit = Cache.commit
 
     def waiting(self, *values):
         written.set()
         assert go_on.wait(20)
         commit(self, *values)
 
-    with patch.object(Cache, "_commit", waiting):
+    with patch.object(Cache, "commit", waiting):
         stored(cache, b"b" * BIG)
 
 
@@ -860,7 +875,7 @@ def test_next_run_sweeps_by_itself_after_a_kill_and_does_not_otherwise(tmp_path,
 
 
 def write_and_die(folder):
-    Cache._commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    Cache.commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     stored(Cache(folder), b"b" * BIG, b"c" * BIG)
 
 

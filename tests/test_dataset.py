@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import threading
+import tracemalloc
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -959,6 +960,37 @@ def test_cache_that_is_full_keeps_what_it_has(s3):
     assert 5 <= kept <= 9, "about a megabyte of objects of 100 kB, less the index"
     assert stats["hits"] == kept
     assert stats["uncached"] == 40 - 2 * kept
+
+
+# memory
+
+
+@pytest.mark.parametrize("lane", ["lean", "full"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_bytes_on_their_way_are_bounded_for_all_datasets_together(s3_process, monkeypatch, lane, listed):
+    if lane == "full":
+        monkeypatch.setattr("asyncds.store.s3._lean_lane", lambda *_: None)
+    count, size = 40, 2_000_000
+    s3_process.put_many("mnist", {f"{name}/{n:02}": bytes(size) for name in "ab" for n in range(count)})
+    datasets = [
+        CachedS3MapDataset.from_prefix(f"s3://mnist/{name}/", concurrency=32)
+        if listed
+        else CachedS3MapDataset.from_objects([f"s3://mnist/{name}/{n:02}" for n in range(count)], concurrency=32)
+        for name in "ab"
+    ]
+    with ThreadPoolExecutor() as pool:
+        for dataset in datasets:
+            dataset[0]
+        tracemalloc.start()
+        try:
+            reports = [*pool.map(lambda dataset: dataset.warm(progress=False), datasets)]
+            buffers = 30_000_000 if lane == "full" else 0  # of aiohttp
+            assert tracemalloc.get_traced_memory()[1] - buffers < 55_000_000 < count * size
+        finally:
+            tracemalloc.stop()
+    assert [(report.fetched, report.failures) for report in reports] == [(count - 1, ())] * 2
+    for dataset in datasets:
+        dataset.close()
 
 
 # warm

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 import pytest
 
 from asyncds.cache import Cache
-from asyncds.errors import AccessDenied, DatasetClosed, ObjectChanged, ObjectNotFound, TransferFailed
+from asyncds.errors import (
+    AccessDenied,
+    ConfigurationError,
+    DatasetClosed,
+    ObjectChanged,
+    ObjectNotFound,
+    TransferFailed,
+)
 from asyncds.fetcher import Fetched, Fetcher, Memory, lookup, resident, verify
 from asyncds.manifest import ObjectInfo
 from asyncds.retry import Retry
@@ -69,8 +76,8 @@ class Lying(FakeStore):
 
     answers: list[tuple[ObjectInfo, bytes]] = field(default_factory=list)
 
-    async def get(self, info, reserve):
-        truth = await super().get(info, reserve)
+    async def get(self, info, reserve, part=None):
+        truth = await super().get(info, reserve, part)
         return self.answers.pop(0) if self.answers else truth
 
 
@@ -347,43 +354,79 @@ async def test_memory_given_to_one_who_was_cancelled_at_that_moment_goes_back():
     await asyncio.wait_for(memory.take(100), 5)
 
 
-async def test_bytes_of_objects_without_a_listing_stay_within_the_bound_once_their_sizes_are_told():
-    store = store_of(8, size=400_000)
-    store.objects["b", "k0"] = b"s"
-    memory, told, gate = Memory(1_000_000), [], asyncio.Event()
+class Telling(FakeStore):
+    """A store that tells sizes, counts the bytes that it was allowed to send at once, and waits for `gate`."""
 
-    class Telling(FakeStore):
-        async def get(self, info, reserve):
-            async def telling(size):
-                await reserve(size)
-                told.append(size)
-                await gate.wait()
+    sending = most = asked = at_once = 0
 
-            return await super().get(info, telling)
-
-    telling = Telling(store.objects)
-    async with fetching(telling, memory=memory) as fetcher:
-        waiters = [asyncio.create_task(fetcher.get(ObjectInfo("b", key))) for _, key in store.objects]
-        await telling.reached(4)
-        await settle()
-        assert sum(told) == 800_001, "two large ones and the small one: a third large one has to wait"
-        gate.set()
-        assert sum(len(result.body) for result in await asyncio.gather(*waiters)) == 2_800_001
-    await asyncio.wait_for(memory.take(1_000_000), 5)
-
-
-async def test_waiting_for_memory_is_not_held_against_an_object():
-    store, memory, clock = store_of(1, size=400_000), Memory(400_000), asyncio.get_running_loop()
-    await memory.take(300_000)
-    async with Fetcher(store, None, concurrency=2, retry=Retry(0, 0.2, 0.2), memory=memory) as fetcher:
-        waiter = asyncio.create_task(fetcher.get(ObjectInfo("b", "k0")))
-        await store.reached(1)
-        started = clock.time()
-        while clock.time() < started + 0.5:
+    async def get(self, info, reserve, part=None):
+        served, body = await super().get(info, reserve, part)
+        self.sending, self.asked = self.sending + len(body), self.asked + 1
+        self.most, self.at_once = max(self.most, self.sending), max(self.at_once, self.asked)
+        for _ in range(20):
             await asyncio.sleep(0)
-        assert not waiter.done()
-        memory.give_back(300_000)
-        assert len((await waiter).body) == 400_000
+        self.sending, self.asked = self.sending - len(body), self.asked - 1
+        return served, body
+
+
+@pytest.mark.parametrize("size", [100, 60_000, 300_000])
+async def test_bytes_of_objects_without_a_listing_stay_within_the_bound(size):
+    store, memory = Telling(store_of(40, size=size).objects), Memory(1_000_000)
+    async with fetching(store, memory=memory, concurrency=32) as fetcher:
+        waiters = [asyncio.create_task(fetcher.get(ObjectInfo("b", key))) for _, key in store.objects]
+        assert sum(len(result.body) for result in await asyncio.gather(*waiters)) == 40 * size
+    assert store.most <= 1_000_000
+    if size < 1000:
+        assert store.at_once > 10
+    assert store.gets.total() <= 80
+    assert size > 65_536 or store.gets.total() == 40, "what is no larger than expected is asked for once"
+    assert memory.take_now(1_000_000), "all of it was given back"
+
+
+async def test_giant_without_a_listing_goes_alone():
+    store, memory = Telling(store_of(6, size=50_000).objects), Memory(200_000)
+    store.objects["b", "giant"] = b"g" * 1_000_000
+    async with fetching(store, memory=memory) as fetcher:
+        waiters = [asyncio.create_task(fetcher.get(ObjectInfo("b", key))) for _, key in store.objects]
+        assert sum(len(result.body) for result in await asyncio.gather(*waiters)) == 1_300_000
+    assert store.most == 1_000_000
+    assert store.gets["giant"] == 2
+
+
+async def test_size_that_is_told_gives_time(monkeypatch):
+    monkeypatch.setattr("asyncds.fetcher._SLOWEST", 1e5)
+    store = store_of(1, size=100_000)
+
+    class Slow(FakeStore):
+        async def get(self, info, reserve, part=None):
+            answer = await super().get(info, reserve, part)
+            started = asyncio.get_running_loop().time()
+            while asyncio.get_running_loop().time() < started + 0.4:
+                await asyncio.sleep(0)
+            return answer
+
+    async with Fetcher(Slow(store.objects), None, concurrency=1, retry=Retry(0, 0.2, 0.2)) as fetcher:
+        assert len((await fetcher.get(ObjectInfo("b", "k0"))).body) == 100_000
+
+
+async def test_object_that_is_larger_each_time_is_given_up():
+    class Growing(FakeStore):
+        async def get(self, info, reserve, part=None):
+            self.gets["k"] += 1
+            reserve(10**8 * self.gets["k"])
+
+    async with fetching(Growing(), memory=Memory(1000)) as fetcher:
+        with pytest.raises(TransferFailed, match="another size each time"):
+            await fetcher.get(ObjectInfo("b", "k"))
+
+
+async def test_store_whose_get_takes_too_little_is_refused():
+    class Old(FakeStore):
+        async def get(self, info):
+            return await super().get(info)
+
+    with pytest.raises(ConfigurationError, match=r"Old.get\(\) must take \(info, reserve, part\)"):
+        Fetcher(Old(), None, concurrency=1, retry=Retry(0, 1, 1))
 
 
 async def test_retry_of_what_had_memory_and_those_who_wait_for_it_do_not_block_each_other():

@@ -229,7 +229,10 @@ def test_unknown_variable_gets_a_warning_and_unknown_argument_is_rejected(monkey
         assert Settings().concurrency == 256
     first, second = (str(warning.message) for warning in warned)
     assert first == "ASYNCDS_CONCURENCY is no variable of asyncds: did you mean 'ASYNCDS_CONCURRENCY'?"
-    assert all(f"ASYNCDS_{name.upper()}" in second for name in ("NONSENSE", *Options.__annotations__))
+    assert all(
+        f"ASYNCDS_{name.upper()}" in second for name in ("NONSENSE", *Options.__annotations__) if name != "env_file"
+    )
+    assert "ASYNCDS_ENV_FILE" not in second
 
 
 def test_unknown_argument_is_rejected():
@@ -238,6 +241,13 @@ def test_unknown_argument_is_rejected():
     with pytest.raises(ConfigurationError) as caught:
         Settings(nonsense=5)
     assert all(name in str(caught.value) for name in ("'nonsense'", *Options.__annotations__))
+
+
+@pytest.mark.parametrize("size", ["100%", "50%", "1B", 1, 1.0])
+def test_size_survives_a_pickle(size):
+    settings = Settings(cache_size=size)
+    again = pickle.loads(pickle.dumps(settings)).cache_size
+    assert (again, type(again)) == (settings.cache_size, type(settings.cache_size))
 
 
 def test_settings_are_frozen():

@@ -51,8 +51,8 @@ async def pool_on(handle, *, tls=False, timeout=10.0):
         await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
 
 
-async def at_once(size):
-    pass
+def at_once(size):
+    """There is room."""
 
 
 def run(factory, main):
@@ -106,34 +106,50 @@ def test_answer_may_be_cut_anywhere(size):
     run(asyncio.new_event_loop, main)
 
 
+class NoRoom(BaseException):
+    """What a fetcher raises when it hears of a size."""
+
+
 @LOOPS
 @pytest.mark.parametrize("tls", [False, True])
-def test_body_of_unknown_size_stays_with_the_sender_until_there_is_room(factory, tls):
-    told, room = [], asyncio.Event()
+@pytest.mark.parametrize("room", [False, True])
+def test_size_that_nobody_knew_is_told_before_the_body_is_read(factory, tls, room):
+    told = []
 
     async def handle(writer):
         writer.write(head(len(LARGE)) + LARGE)
         await writer.drain()
 
-    async def reserve(size):
+    def reserve(size):
         told.append(size)
-        tracemalloc.start()
-        try:
-            for _ in range(1000):
-                await asyncio.sleep(0)
-            assert tracemalloc.get_traced_memory()[1] < len(LARGE) / 4
-        finally:
-            tracemalloc.stop()
-        await room.wait()
+        if not room:
+            raise NoRoom
 
     async def main():
         async with pool_on(handle, tls=tls) as pool:
-            task = asyncio.create_task(pool.get(b"GET\r\n\r\n", None, reserve))
-            while not told:
-                await asyncio.sleep(0)
-            room.set()
-            assert (await task).body == LARGE
-            assert told == [len(LARGE)]
+            if room:
+                assert (await pool.get(b"GET\r\n\r\n", None, reserve)).body == LARGE
+            else:
+                with pytest.raises(NoRoom):
+                    await pool.get(b"GET\r\n\r\n", None, reserve)
+            assert (told, len(pool._idle), len(pool._busy)) == ([len(LARGE)], int(room), 0)
+
+    run(factory, main)
+
+
+@LOOPS
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("size", [20_000, 300_000])
+def test_server_may_close_when_it_has_answered(factory, tls, size):
+    async def handle(writer):
+        writer.write(head(size).replace(b"ETag", b"Connection: close\r\nETag") + LARGE[:size])
+        writer.close()
+
+    async def main():
+        async with pool_on(handle, tls=tls) as pool:
+            for _ in range(20):
+                for known in (size, None):
+                    assert (await pool.get(b"GET\r\n\r\n", known, at_once)).body == LARGE[:size]
 
     run(factory, main)
 
@@ -143,33 +159,13 @@ def test_nothing_is_reserved_for_what_is_there_or_was_listed(factory):
     async def handle(writer):
         writer.write(head(5) + b"hello")
 
-    async def reserve(size):
-        raise AssertionError("there is nothing to wait for")
+    def reserve(size):
+        raise AssertionError("there is nothing to reserve")
 
     async def main():
         async with pool_on(handle) as pool:
             for size in (5, None):
                 assert (await pool.get(b"GET\r\n\r\n", size, reserve)).body == b"hello"
-
-    run(factory, main)
-
-
-@LOOPS
-def test_connection_that_ends_while_there_is_no_room_is_broken(factory):
-    async def handle(writer):
-        writer.write(head(len(LARGE)) + b"start")
-        writer.transport.abort() if writer.transport.get_write_buffer_size() else writer.close()
-
-    async def reserve(size):
-        for _ in range(100):
-            await asyncio.sleep(0)
-
-    async def main():
-        async with pool_on(handle) as pool:
-            with pytest.raises(BrokenConnection):
-                await pool.get(b"GET\r\n\r\n", None, reserve)
-            assert not pool._idle
-            assert not pool._busy
 
     run(factory, main)
 
@@ -227,26 +223,5 @@ def test_idle_connections_keep_nothing_of_what_they_brought(factory, size):
                 assert tracemalloc.get_traced_memory()[0] < len(LARGE) / 4
             finally:
                 tracemalloc.stop()
-
-    run(factory, main)
-
-
-@LOOPS
-def test_connection_that_waits_for_room_is_not_taken_for_a_dead_one(factory):
-    waited = 0.5
-
-    async def handle(writer):
-        writer.write(head(len(LARGE)) + LARGE)
-        await writer.drain()
-
-    async def reserve(size):
-        loop = asyncio.get_running_loop()
-        until = loop.time() + waited
-        while loop.time() < until:
-            await asyncio.sleep(0)
-
-    async def main():
-        async with pool_on(handle, timeout=waited / 4) as pool:
-            assert (await pool.get(b"GET\r\n\r\n", None, reserve)).body == LARGE
 
     run(factory, main)

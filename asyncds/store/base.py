@@ -1,16 +1,21 @@
 """The seam between asyncds and a store."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+from asyncds.errors import StoreError
 from asyncds.manifest import ObjectInfo
 
-__all__ = ["ObjectStore", "Reserve"]
+__all__ = ["NoParts", "ObjectStore", "Reserve", "no_bound"]
 
-Reserve = Callable[[int], Awaitable[None]]
+Reserve = Callable[[int], None]
 
 
-async def no_bound(size: int) -> None:
+class NoParts(StoreError):
+    """The store sends objects as a whole only."""
+
+
+def no_bound(size: int) -> None:
     """There is room for everything."""
 
 
@@ -32,12 +37,16 @@ class ObjectStore(Protocol):
         """Yield pages of all objects whose key starts with `prefix`, in any order, each object once."""
         ...
 
-    async def get(self, info: ObjectInfo, reserve: Reserve = no_bound) -> tuple[ObjectInfo, bytes]:
+    async def get(
+        self, info: ObjectInfo, reserve: Reserve = no_bound, part: slice | None = None
+    ) -> tuple[ObjectInfo, bytes]:
         """Make one attempt to read the object. Return what the store says it served (key, size, ETag), and the bytes.
 
         Where `info` names a size, no more than one byte above it is ever held; where it names none, `reserve(size)` is
-        awaited as soon as the size is known, before the body is read: it returns when there is room for so many bytes.
-        Where `info` names an ETag, another version raises `ObjectChanged`, if the store can tell.
+        called as soon as the size is known, before the body is read: it raises, no `Exception`, where there is no room.
+        Where `info` names an ETag, another version raises `ObjectChanged`, if the store can tell. `part` asks for these
+        bytes only, and is given for objects above 16 MiB, with their size; the size returned is the object's all the
+        same. A store that cannot do that raises `NoParts`, and is asked for the whole.
         """
         ...
 

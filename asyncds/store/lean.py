@@ -24,8 +24,8 @@ from asyncds.store.wire import Answer, BrokenConnection, Pool
 
 __all__ = ["Credentials", "LeanLane", "Template"]
 
-_NOT_REPEATED = {"authorization", "x-amz-date", "x-amz-security-token", "if-match", "host"}
-_TO_BE_UNDERSTOOD = (0, 200)
+_NOT_REPEATED = {"authorization", "x-amz-date", "x-amz-security-token", "if-match", "range", "host"}
+_TO_BE_UNDERSTOOD = (0, 200, 206)
 _PATIENCE = 8  # answers in a row that were not understood: two requests for each object are no way to go on
 _ALGORITHM = "AWS4-HMAC-SHA256"
 _CHECKSUMS: dict[bytes, Callable[[bytes], bytes]] = {
@@ -71,8 +71,10 @@ class Template:
         self._day_of: Credentials | None = None
         self._signing_key = b""
 
-    def request(self, key: str, etag: str | None, credentials: Credentials | None, stamp: str) -> bytes:
-        """Return the bytes of a GET. `stamp` is the time as `20261231T235959Z`.
+    def request(
+        self, key: str, etag: str | None, credentials: Credentials | None, stamp: str, part: slice | None = None
+    ) -> bytes:
+        """Return the bytes of a GET, of a part only if one is given. `stamp` is the time as `20261231T235959Z`.
 
         SigV4 as in AWS's "Signature Version 4 signing process"; what botocore leaves unsigned is so here.
         """
@@ -80,6 +82,8 @@ class Template:
         headers = dict(self._constant)
         if etag is not None and etag.isascii() and etag.isprintable():  # a shortcut only: the answer's ETag is compared
             headers["if-match"] = f'"{etag}"'
+        if part is not None:
+            headers["range"] = f"bytes={part.start}-{part.stop - 1}"
         if self._signs and credentials is not None:
             headers["x-amz-date"] = stamp
             if credentials.token:
@@ -153,7 +157,9 @@ class LeanLane:
         """Whether a request for an object of this bucket can be made here."""
         return bucket in self._templates and self._misunderstood[bucket] < _PATIENCE
 
-    async def get(self, info: ObjectInfo, credentials: Credentials | None, reserve: Reserve) -> Answer:
+    async def get(
+        self, info: ObjectInfo, credentials: Credentials | None, reserve: Reserve, part: slice | None = None
+    ) -> Answer:
         """Send one GET, and return the answer; see `Pool.get` for errors. A body that fails its checksum is one."""
         bucket = info.bucket
         template = self._templates[bucket]
@@ -161,9 +167,12 @@ class LeanLane:
         if pool is None:
             tls = self._tls() if template.secure else None
             pool = self._pools[template.place] = Pool(*template.place, timeout=self._timeout, tls=tls)
-        request = template.request(info.key, info.etag, credentials, self._now())
-        answer = await pool.get(request, info.size, reserve)
-        if answer.whole and not _matches_checksum(answer):
+        request = template.request(info.key, info.etag, credentials, self._now(), part)
+        if part is None:
+            answer = await pool.get(request, info.size, reserve)
+        else:
+            answer = await pool.get(request, part.stop - part.start, reserve, 206)
+        if part is None and answer.whole and not _matches_checksum(answer):
             raise BrokenConnection("the body does not match its checksum")
         if answer.whole:
             self._misunderstood.pop(bucket, None)

@@ -23,7 +23,7 @@ from asyncds.errors import (
 )
 from asyncds.manifest import ObjectInfo, normalise_etag
 from asyncds.retry import Retry
-from asyncds.store.base import Reserve, no_bound
+from asyncds.store.base import NoParts, Reserve, no_bound
 from asyncds.store.connection import Connection
 from asyncds.store.lean import Credentials, LeanLane
 from asyncds.store.translate import status_error, translate
@@ -101,15 +101,17 @@ class S3Store:
             seen.add(token)
             arguments = arguments | {"ContinuationToken": token}
 
-    async def get(self, info: ObjectInfo, reserve: Reserve = no_bound) -> tuple[ObjectInfo, bytes]:
+    async def get(
+        self, info: ObjectInfo, reserve: Reserve = no_bound, part: slice | None = None
+    ) -> tuple[ObjectInfo, bytes]:
         """Make one attempt to read the object; see `ObjectStore.get`."""
         await self._opened(info.uri)
         await self._turn_to_learn(info.bucket)
         if self._lane is not None and self._lane.knows(info.bucket):
-            answer = await self._lean(self._lane, info, reserve)
+            answer = await self._lean(self._lane, info, reserve, part)
             if answer is not None:
                 return answer
-        return await self._full(info, reserve)
+        return await self._full(info, reserve, part)
 
     async def head(self, bucket: str, key: str) -> ObjectInfo:
         """Return size and ETag of an object. Raises `ObjectNotFound`, also where the bucket is missing."""
@@ -130,24 +132,31 @@ class S3Store:
 
     # the two lanes
 
-    async def _lean(self, lane: LeanLane, info: ObjectInfo, reserve: Reserve) -> tuple[ObjectInfo, bytes] | None:
+    async def _lean(
+        self, lane: LeanLane, info: ObjectInfo, reserve: Reserve, part: slice | None
+    ) -> tuple[ObjectInfo, bytes] | None:
         """One GET on the lean lane, or None where the full lane has to look at what is the matter."""
         try:
-            answer = await lane.get(info, await self._credentials(), reserve)
+            answer = await lane.get(info, await self._credentials(), reserve, part)
         except Exception as error:
             raise self._explained(error, info.uri) from error
         if answer.whole:
             self.lanes["lean"] += 1
             etag = answer.headers.get(b"etag", b"").decode("latin-1")
-            return ObjectInfo(info.bucket, info.key, len(answer.body), normalise_etag(etag)), answer.body
+            size = len(answer.body)
+            if part is not None:
+                size = _whole_size(answer.headers.get(b"content-range", b"").decode("latin-1"), part, info)
+            return ObjectInfo(info.bucket, info.key, size, normalise_etag(etag)), answer.body
         if answer.status == 429 or answer.status >= 500:
             raise status_error(answer.status, "", info.uri)
         return None
 
-    async def _full(self, info: ObjectInfo, reserve: Reserve) -> tuple[ObjectInfo, bytes]:
+    async def _full(self, info: ObjectInfo, reserve: Reserve, part: slice | None) -> tuple[ObjectInfo, bytes]:
         arguments = {"Bucket": info.bucket, "Key": info.key}
         if info.etag is not None:
             arguments["IfMatch"] = f'"{info.etag}"'
+        if part is not None:
+            arguments["Range"] = f"bytes={part.start}-{part.stop - 1}"
         reset = _now_fetching.set(info)
         try:
             answer = await self._client.get_object(**arguments)
@@ -158,14 +167,18 @@ class S3Store:
                 raise ObjectChanged(f"{info.uri}: its ETag is {served}, not {info.etag}")
             stream = answer["Body"]
             async with stream:
-                body = await self._read(stream, info, answer, reserve)
+                size, expected = info.size, info
+                if part is not None:
+                    size = _whole_size(answer.get("ContentRange", ""), part, info)
+                    expected = info._replace(size=part.stop - part.start)
+                body = await self._read(stream, expected, answer, reserve)
         except Exception as error:
             raise self._explained(error, info.uri) from error
         finally:
             _now_fetching.reset(reset)
             self._let_others_go(info.bucket)
         self.lanes["full"] += 1
-        return ObjectInfo(info.bucket, info.key, len(body), served), body
+        return ObjectInfo(info.bucket, info.key, len(body) if part is None else size, served), body
 
     async def _read(self, stream: Any, info: ObjectInfo, answer: dict[str, Any], reserve: Reserve) -> bytes:
         """The whole body, and never more than one byte above the size that is known."""
@@ -176,7 +189,7 @@ class S3Store:
         if announced is not None and int(announced) != size:
             raise TransferFailed(f"{info.uri}: {announced} bytes are announced, {size} were listed")
         if info.size is None:
-            await reserve(int(size))
+            reserve(int(size))
         body = Body(int(size))
         while body.missing >= 0 and (chunk := await stream.read(min(body.missing + 1, _CHUNK))):
             body.append(chunk)
@@ -198,8 +211,9 @@ class S3Store:
 
     async def _learn(self, request: Any, **_: Any) -> None:
         info = _now_fetching.get()
-        if info is not None and self._lane is not None:
-            self._lane.learn(info.bucket, info.key, request, await self._credentials())
+        if info is not None:
+            if self._lane is not None:
+                self._lane.learn(info.bucket, info.key, request, await self._credentials())
             self._let_others_go(info.bucket)
 
     async def _credentials(self) -> Credentials | None:
@@ -292,6 +306,16 @@ class S3Store:
             arguments["aws_secret_access_key"] = connection.secret_key
             arguments["aws_session_token"] = connection.session_token
         return arguments
+
+
+def _whole_size(content_range: str, part: slice, info: ObjectInfo) -> int:
+    """The size of the object of which this is the part that was asked for."""
+    span, _, size = content_range.removeprefix("bytes ").partition("/")
+    if not content_range:
+        raise NoParts(f"{info.uri}: the store sends whole objects only")
+    if span != f"{part.start}-{part.stop - 1}" or not size.isdigit():
+        raise TransferFailed(f"{info.uri}: another part arrived than was asked for ({content_range[:80]})")
+    return int(size)
 
 
 def _rebuild(

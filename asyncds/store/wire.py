@@ -1,7 +1,8 @@
 """HTTP/1.1 as far as a plain GET needs it: keep-alive connections, one request in flight on each.
 
-Understood is one kind of answer: a `200` with a `Content-Length` that fits. Of any other answer the caller learns its
-status; its connection is closed, so that nothing of it can be taken for the answer to the next request.
+Understood is one kind of answer: a `200` (a `206`, to who asks for a part) with a `Content-Length` that fits. Of any
+other answer the caller learns its status; its connection is closed, so that nothing of it can be taken for the answer
+to the next request.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import ssl
 from collections import deque
 from typing import NamedTuple
 
-from asyncds.store.base import Reserve
+from asyncds.store.base import Reserve, no_bound
 
 __all__ = ["Answer", "Body", "BrokenConnection", "NoConnection", "Pool"]
 
@@ -68,7 +69,7 @@ class _Connection(asyncio.BufferedProtocol):
     """
 
     def __init__(self, buffer: memoryview) -> None:
-        self.answer: asyncio.Future[Answer | int] | None = None
+        self.answer: asyncio.Future[Answer] | None = None
         self.progress = 0.0
         self.used = False
         self._transport: asyncio.Transport | None = None
@@ -78,39 +79,25 @@ class _Connection(asyncio.BufferedProtocol):
         self._head: tuple[int, dict[bytes, bytes]] | None = None
         self._body = Body(0)
         self._size: int | None = None
+        self._reserve: Reserve = no_bound
+        self._status = 200
 
     @property
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def ask(self, request: bytes, size: int | None) -> asyncio.Future[Answer | int]:
-        """Send a request. `size` is the only `Content-Length` that fits, if it is known.
-
-        If it is not, the answer may be the length of a body that is to come: then `go_on` must follow.
-        """
+    def ask(self, request: bytes, size: int | None, reserve: Reserve, status: int) -> asyncio.Future[Answer]:
+        """Send a request. `status` is the only one that fits, and `size` the only `Content-Length`, if it is known."""
         assert self._transport is not None
-        self._start, self._head, self._size = b"", None, size
-        self._expect()
+        self._start, self._head, self._size, self._reserve, self._status = b"", None, size, reserve, status
+        self.answer = self._loop.create_future()
+        self.progress = self._loop.time()
         self._transport.write(request)
-        return self.answer  # type: ignore[return-value]
-
-    def go_on(self, length: int) -> asyncio.Future[Answer | int]:
-        """Receive the body that was announced."""
-        self._expect()
-        if self._transport is None:
-            self.connection_lost(None)
-        else:
-            self._begin_body(length)
-            self._transport.resume_reading()
-        return self.answer  # type: ignore[return-value]
+        return self.answer
 
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
-
-    def _expect(self) -> None:
-        self.answer = self._loop.create_future()
-        self.progress = self._loop.time()
 
     # what the transport calls
 
@@ -119,7 +106,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._transport = transport  # type: ignore[assignment]
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        # Of a body that nobody knew to be large, not much is to arrive before there is room for it.
+        # Of a body that nobody knew to be large, not much is to arrive before somebody says that there is room for it.
         return self._buffer[:_FIRST_PIECE] if self._size is None and self._head is None else self._buffer
 
     def buffer_updated(self, count: int) -> None:
@@ -145,40 +132,36 @@ class _Connection(asyncio.BufferedProtocol):
         if end < 0:
             self._start = data
             if len(data) > _LONGEST_HEAD:
-                self._fail("the head of the answer does not end")
+                self._fail(BrokenConnection("the head of the answer does not end"))
             return
         head = _parsed(data[:end])
         length = None if head is None else _length(head[1])
         if head is None:
             self._finish(Answer(0, {}, b"", whole=False))
             self.abort()
-        elif head[0] != 200 or length is None or length != (length if self._size is None else self._size):
+        elif head[0] != self._status or length is None or length != (length if self._size is None else self._size):
             self._finish(Answer(*head, b"", whole=False))
             self.abort()
         elif len(data) - end - 4 == length:
             self._deliver(head, data[end + 4 :])
         else:
-            self._head, self._start = head, data[end + 4 :]
-            if self._size is not None or len(self._start) > length:
-                self._begin_body(length)
+            self._head, self._start = head, b""
+            try:
+                if self._size is None:
+                    self._reserve(length)
+                self._body = Body(length)
+            except MemoryError:
+                self._fail(BrokenConnection(f"{length:,} bytes are announced, and memory has no room for them"))
+            except BaseException as error:  # what `reserve` has to say goes to who asks
+                self._fail(error)
             else:
-                self._transport.pause_reading()  # type: ignore[union-attr]
-                self.answer.set_result(length)  # type: ignore[union-attr]
-
-    def _begin_body(self, length: int) -> None:
-        start, self._start = self._start, b""
-        try:
-            self._body = Body(length)
-        except MemoryError:
-            self._fail(f"{length:,} bytes are announced, and memory has no room for them")
-        else:
-            self._read_body(start)
+                self._read_body(memoryview(data)[end + 4 :])
 
     def _read_body(self, data: bytes | memoryview) -> None:
         body, head = self._body, self._head
         body.append(data)
         if body.missing < 0:
-            self._fail("the body is longer than announced")
+            self._fail(BrokenConnection("the body is longer than announced"))
         elif body.missing == 0 and head is not None:
             self._body = Body(0)
             self._deliver(head, body.whole())
@@ -193,9 +176,9 @@ class _Connection(asyncio.BufferedProtocol):
         self.used = True
         self.answer.set_result(answer)
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, error: BaseException) -> None:
         assert self.answer is not None
-        self.answer.set_exception(BrokenConnection(reason))
+        self.answer.set_exception(error)
         self.abort()
 
 
@@ -234,8 +217,10 @@ class Pool:
         self._busy: set[_Connection] = set()
         self._watch: asyncio.TimerHandle | None = None
 
-    async def get(self, request: bytes, size: int | None, reserve: Reserve) -> Answer:
-        """Send a request, and return its answer. If `size` is not known, `reserve` is awaited before a body is read.
+    async def get(self, request: bytes, size: int | None, reserve: Reserve, status: int = 200) -> Answer:
+        """Send a request, and return its answer, whole if it is of this `status`.
+
+        If `size` is not known, `reserve` is called with it before a body is read, and what it raises is raised.
 
         Raises `NoConnection` or `BrokenConnection`; what stands still for `timeout` seconds is broken. A connection
         that was kept alive and turns out to be closed is replaced once. Cancelling closes the connection.
@@ -243,27 +228,25 @@ class Pool:
         connection = self._kept()
         if connection is not None:
             try:
-                return await self._asked(connection, request, size, reserve)
+                return await self._asked(connection, request, size, reserve, status)
             except BrokenConnection as error:
                 if not error.untouched:
                     raise
-        return await self._asked(await self._opened(), request, size, reserve)
+        return await self._asked(await self._opened(), request, size, reserve, status)
 
-    async def _asked(self, connection: _Connection, request: bytes, size: int | None, reserve: Reserve) -> Answer:
+    async def _asked(
+        self, connection: _Connection, request: bytes, size: int | None, reserve: Reserve, status: int
+    ) -> Answer:
         self._busy.add(connection)
         self._watch_over()
         try:
-            answer = await connection.ask(request, size)
-            if isinstance(answer, int):
-                await reserve(answer)
-                answer = await connection.go_on(answer)
+            answer = await connection.ask(request, size, reserve, status)
         except BaseException:
             connection.abort()
             raise
         finally:
             connection.answer = None  # an idle connection does not keep what it brought
             self._busy.discard(connection)
-        assert not isinstance(answer, int)
         if connection.is_open:
             self._idle.append(connection)
         return answer

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from asyncds.errors import AsyncdsError, BucketNotFound, ObjectChanged, ObjectNotFound
@@ -50,7 +50,10 @@ class FakeStore:
             yield [self.info(bucket, key) for key in keys[start : start + self.page_size]]
 
     async def get(
-        self, info: ObjectInfo, reserve: Callable[[int], Awaitable[None]] | None = None
+        self,
+        info: ObjectInfo,
+        reserve: Callable[[int], None] | None = None,
+        part: slice | None = None,
     ) -> tuple[ObjectInfo, bytes]:
         self.gets[info.key] += 1
         self.in_flight += 1
@@ -65,8 +68,8 @@ class FakeStore:
                 raise ObjectChanged(f"{info.uri}: the object changed")
             body = self.objects[info.bucket, info.key]
             if info.size is None and reserve is not None:
-                await reserve(len(body))
-            return served, body
+                reserve(len(body))
+            return served, body if part is None else body[part]
         finally:
             self.in_flight -= 1
 
