@@ -343,7 +343,7 @@ class Cache:
             self._folder.say(
                 "full",
                 f"the cache in {self.directory} is full: what does not fit is downloaded again in each epoch; "
-                "delete that folder if older data may go, raise ASYNCDS_CACHE_SIZE, or set ASYNCDS_CACHE_DIR to a "
+                "raise ASYNCDS_CACHE_SIZE, free the disk, or set ASYNCDS_CACHE_DIR to a "
                 "larger disk",
             )
 

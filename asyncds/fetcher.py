@@ -11,25 +11,22 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Self
 
-from asyncds.cache import Cache, LargeEntry
+from asyncds.cache import Cache
+from asyncds.download import Downloader, Memory, SizeTold
 from asyncds.entry import NewEntry, entry_key, object_id
-from asyncds.errors import AsyncdsError, ConfigurationError, DatasetClosed, ObjectChanged, TransferFailed
+from asyncds.errors import AsyncdsError, ConfigurationError, DatasetClosed, ObjectChanged
 from asyncds.index import FAULTS
-from asyncds.large import LARGE, PART, StoredBody
+from asyncds.large import LARGE, StoredBody
 from asyncds.manifest import ObjectInfo
 from asyncds.retry import Retry
 from asyncds.stats import Counters
-from asyncds.store.base import NoParts, ObjectStore, no_bound
+from asyncds.store.base import NoParts, ObjectStore
 
-__all__ = ["Fetched", "Fetcher", "Memory", "lookup"]
+__all__ = ["Fetched", "Fetcher", "lookup"]
 
 _log = logging.getLogger(__name__)
-_MEMORY = 32 << 20
 _LOOKUP = 200
-_SIZES_TOLD = 4  # for one object, before it is given up
 _SECONDS_BETWEEN_CLAIMS = 0.03
-_SLOWEST = 1e6  # bytes per second below which a large object may miss its deadline
-_UNLISTED = 64 << 10  # bytes that an object of unknown size is taken for at least, until its answer begins
 _BATCH_ENTRIES = 256
 _BATCH_BYTES = 8 << 20
 
@@ -74,114 +71,10 @@ def identify(cache: Cache, endpoint: str, infos: Sequence[ObjectInfo]) -> tuple[
     return known, [None if info.etag is None else entry_key(id, info.etag) for id, info in zip(ids, known, strict=True)]
 
 
-def verify(expected: ObjectInfo, served: ObjectInfo, body: bytes | None) -> None:
-    """Compare what arrived with what the manifest names; without a body, that of which a part arrived.
-
-    Raises `TransferFailed` or `ObjectChanged`.
-    """
-    size = served.size if body is None else len(body)
-    if expected.size is not None and size != expected.size:
-        raise TransferFailed(f"{expected.uri}: {size} bytes arrived, {expected.size} were listed")
-    if served.size is not None and size != served.size:
-        raise TransferFailed(f"{expected.uri}: {size} bytes arrived, {served.size} were announced")
-    if served.etag is None:
-        raise TransferFailed(f"{expected.uri}: the store sent no ETag, so that no version can be told from another")
-    if expected.etag is not None and served.etag != expected.etag:
-        raise ObjectChanged(f"{expected.uri}: its ETag is {served.etag}, not {expected.etag}")
-
-
 def _chunks(infos: Iterable[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
     source = iter(infos)
     while chunk := list(islice(source, _LOOKUP)):
         yield chunk
-
-
-class _SizeTold(BaseException):
-    """The answer announces more than there is room for now. Not an `Exception`: no store may take it for its own."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.size = size
-
-
-class Memory:
-    """Bytes that may be on their way between socket and disk: first come, first served; a giant goes alone."""
-
-    def __init__(self, size: int = _MEMORY) -> None:
-        self.size = size
-        self._used = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    async def take(self, amount: int) -> None:
-        """Wait until there is room for so many bytes, and take it; to be given back by `give_back`."""
-        if self.take_now(amount):
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((amount, turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.give_back(amount)
-            raise
-
-    def take_now(self, amount: int) -> bool:
-        """Take room if there is some now, and nobody waits; tell whether there was."""
-        if self._waiting or not self._fits(amount):
-            return False
-        self._used += amount
-        return True
-
-    def give_back(self, amount: int) -> None:
-        self._used -= amount
-        while self._waiting and (self._waiting[0][1].cancelled() or self._fits(self._waiting[0][0])):
-            next_amount, turn = self._waiting.popleft()
-            if not turn.cancelled():
-                self._used += next_amount
-                turn.set_result(None)
-
-    def _fits(self, amount: int) -> bool:
-        return self._used == 0 or self._used + amount <= self.size
-
-
-class _Turn:
-    """A slot for one request, and room in memory for its answer. The room is kept where the attempt succeeds.
-
-    Whoever has room has a slot, too, and goes on: nobody can wait for the one while others wait for the other.
-    """
-
-    def __init__(self, slots: asyncio.Semaphore, memory: Memory, size: int) -> None:
-        self.size = size
-        self._slots = slots
-        self._memory = memory
-        self._held = 0
-
-    async def __aenter__(self) -> None:
-        await self._slots.acquire()
-        try:
-            await self._memory.take(self.size)
-        except BaseException:
-            self._slots.release()
-            raise
-        self._held = self.size
-
-    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._slots.release()
-        if kind is not None:
-            self.release()
-
-    def hold(self, size: int) -> bool:
-        """Hold room for so many bytes instead of what is held now, if there is some; tell whether there was."""
-        if size > self._held and not self._memory.take_now(size - self._held):
-            return False
-        if size < self._held:
-            self._memory.give_back(self._held - size)
-        self.size = self._held = size
-        return True
-
-    def release(self) -> None:
-        held, self._held = self._held, 0
-        self._memory.give_back(held)
 
 
 class Flight:
@@ -208,7 +101,7 @@ class _Window:
         return len(self.pending) >= self._size or self._held >= self._memory
 
     def launch(self, info: ObjectInfo) -> None:
-        amount = self._fetcher.expected_size(info)
+        amount = self._fetcher.downloader.expected_size(info)
         self._held += amount
         task = asyncio.create_task(self._settled(info))
         self.pending.add(task)
@@ -274,9 +167,8 @@ class Fetcher:
         self._store = store
         self._cache = cache
         self._concurrency = concurrency
-        self._slots = slots or asyncio.Semaphore(concurrency)
-        self._retry = retry
-        self._memory = memory or Memory()
+        self._patience = retry.deadline / 4
+        self.downloader = Downloader(store, retry, slots or asyncio.Semaphore(concurrency), memory or Memory())
         self._tag = tag
         self._counters = counters
         self._flights: dict[tuple[str, str, str | None], Flight] = {}
@@ -285,7 +177,7 @@ class Fetcher:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="asyncds-writer")
         self._looking: list[tuple[ObjectInfo, asyncio.Future[tuple[ObjectInfo, Fetched | None]]]] = []
         self._closed = False
-        self._done = self._failed = self._bytes = 0
+        self._done = self._failed = 0
 
     def __repr__(self) -> str:
         return f"<Fetcher {len(self._flights)} in flight, {self._done} done, {self._failed} failed>"
@@ -320,7 +212,7 @@ class Fetcher:
         self, infos: Iterable[ObjectInfo]
     ) -> AsyncGenerator[tuple[ObjectInfo, Fetched | AsyncdsError], None]:
         """As `fetch`, with each failure in the place of its object."""
-        window = _Window(self, 2 * self._concurrency, self._memory.size)
+        window = _Window(self, 2 * self._concurrency, self.downloader.memory.size)
         try:
             for chunk in _chunks(infos):
                 for info, hit in zip(*self._lookup(chunk), strict=True):
@@ -364,10 +256,6 @@ class Fetcher:
         if close is not None:
             await close()
 
-    def expected_size(self, info: ObjectInfo) -> int:
-        """Bytes of the object, as listed, or as the mean of the others lets expect."""
-        return info.size if info.size is not None else max(_UNLISTED, self._bytes // max(1, self._done))
-
     def _lookup(self, infos: Sequence[ObjectInfo]) -> tuple[list[ObjectInfo], list[Fetched | None]]:
         if self._cache is None:
             return list(infos), [None] * len(infos)
@@ -395,7 +283,7 @@ class Fetcher:
         id, now = object_id(self._store.endpoint, info.bucket, info.key), asyncio.get_running_loop().time
         started, claimed = now(), self._cache.claim(id)
         try:
-            while not claimed and now() - started < self._retry.deadline / 4:
+            while not claimed and now() - started < self._patience:
                 await asyncio.sleep(_SECONDS_BETWEEN_CLAIMS)
                 claimed = self._cache.claim(id)
             yield *await self._look_again(info), now() - started
@@ -425,12 +313,15 @@ class Fetcher:
         if self._cache is not None and info.size is None:
             try:
                 return await self._download_whole(asked, info, arrived, waited, LARGE)
-            except _SizeTold:
+            except SizeTold:
                 info = await self._store.head(info.bucket, info.key)
                 if asked.etag not in (None, info.etag):
                     raise ObjectChanged(f"{info.uri}: its ETag is {info.etag}, not {asked.etag}") from None
-        if self._cache is None or not await self._download_parts(asked, info, arrived, waited):
-            await self._download_whole(asked, info, arrived, waited)
+        body = await self._download_parts(asked, info, waited)
+        if body is not None:
+            self._deliver(Fetched(info, body), arrived)
+        else:
+            await self._download_whole(asked, info, arrived, waited, None)
 
     async def _download_whole(
         self,
@@ -438,102 +329,38 @@ class Fetcher:
         info: ObjectInfo,
         arrived: asyncio.Future[Fetched],
         waited: float,
-        most: int | None = None,
+        most: int | None,
     ) -> None:
-        turn = _Turn(self._slots, self._memory, self.expected_size(info))
-        try:
-            served, body = await self._brought(info, turn, waited, most)
-            turn.hold(len(body))
-            self._arrived(Fetched(served, body), arrived)
+        async with self.downloader.whole(info, allowance=-waited, most=most) as (served, body):
+            self._deliver(Fetched(served, body), arrived)
             if self._cache is not None:
                 await self._publish(asked, served, body)
-        finally:
-            turn.release()
 
-    async def _brought(
-        self, info: ObjectInfo, turn: _Turn, waited: float, most: int | None
-    ) -> tuple[ObjectInfo, bytes]:
-        """Ask for an object as a whole; anew, with room for it, if its answer tells a size that there was no room for.
-
-        Raises `_SizeTold` for one of more than `most` bytes.
-        """
-        for _ in range(_SIZES_TOLD):
-            attempt = partial(self._attempt, info, turn, most)
-            try:
-                return await self._retry(attempt, info.uri, turn, turn.size / _SLOWEST - waited)
-            except _SizeTold as told:
-                if most is not None and told.size > most:
-                    raise
-                turn.size = told.size
-        raise TransferFailed(f"{info.uri}: it was of another size each time it was asked for")
-
-    def _arrived(self, fetched: Fetched, arrived: asyncio.Future[Fetched]) -> None:
+    def _deliver(self, fetched: Fetched, arrived: asyncio.Future[Fetched]) -> None:
         self._done += 1
-        self._bytes += len(fetched.body)
         self._count(gets=1, bytes=len(fetched.body))
         arrived.set_result(fetched)
 
-    async def _download_parts(
-        self, asked: ObjectInfo, info: ObjectInfo, arrived: asyncio.Future[Fetched], waited: float
-    ) -> bool:
-        """Bring a large object into its file; False where it is none, does not fit, or comes as a whole only."""
-        cache, loop = self._cache, asyncio.get_running_loop()
+    async def _download_parts(self, asked: ObjectInfo, info: ObjectInfo, waited: float) -> StoredBody | None:
+        """Bring a large object into its file; None if it is none, does not fit, or comes as a whole only."""
+        cache = self._cache
         if cache is None or info.size is None or info.size <= LARGE or info.etag is None:
-            return False
+            return None
+        run = partial(asyncio.get_running_loop().run_in_executor, self._writer)
         id = object_id(self._store.endpoint, info.bucket, info.key)
-        entry = await loop.run_in_executor(self._writer, cache.begin, id, info.etag, info.size, self._tag)
+        entry = await run(cache.begin, id, info.etag, info.size, self._tag)
         if entry is None:
-            return False
-        parts = [slice(start, min(start + PART, info.size)) for start in range(0, info.size, PART)]
-        tasks = [asyncio.create_task(self._bring_part(info, part, entry, waited)) for part in parts]
+            return None
         try:
-            await asyncio.gather(*tasks)
-            finish = partial(entry.finish, first_seen=asked.etag is None)
-            body = await loop.run_in_executor(self._writer, finish)
+            await self.downloader.parts(info, partial(run, entry.write), allowance=-waited)
+            return await run(partial(entry.finish, first_seen=asked.etag is None))
         except BaseException as error:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await loop.run_in_executor(self._writer, entry.abandon)  # after the parts that are being written there
-            if isinstance(error, NoParts):
-                return False
+            await run(entry.abandon)  # after the parts that are being written there
             if isinstance(error, FAULTS) and not isinstance(error, AsyncdsError):
                 cache.failed("written", error)
-                return False
-            raise
-        self._arrived(Fetched(info, body), arrived)
-        return True
-
-    async def _bring_part(self, info: ObjectInfo, part: slice, entry: LargeEntry, waited: float) -> None:
-        turn = _Turn(self._slots, self._memory, part.stop - part.start)
-        try:
-            attempt = partial(self._attempt_part, info, part)
-            body = await self._retry(attempt, info.uri, turn, (info.size or 0) / _SLOWEST - waited)
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._writer, entry.write, part.start, body)
-        finally:
-            turn.release()
-
-    async def _attempt_part(self, info: ObjectInfo, part: slice, _: asyncio.Timeout) -> bytes:
-        served, body = await self._store.get(info, no_bound, part)
-        if len(body) != part.stop - part.start:
-            raise TransferFailed(f"{info.uri}: {len(body)} bytes of a part of {part.stop - part.start} arrived")
-        verify(info, served, None)
-        return body
-
-    async def _attempt(
-        self, info: ObjectInfo, turn: _Turn, most: int | None, clock: asyncio.Timeout
-    ) -> tuple[ObjectInfo, bytes]:
-        served, body = await self._store.get(info, partial(self._admit, turn, most, clock))
-        verify(info, served, body)
-        return served, body
-
-    def _admit(self, turn: _Turn, most: int | None, clock: asyncio.Timeout, size: int) -> None:
-        """Make room for a body whose size its answer has told, and time, too. Raises `_SizeTold` if there is none."""
-        more = max(0, size - turn.size)
-        if (most is not None and size > most) or not turn.hold(size):
-            raise _SizeTold(size)
-        clock.reschedule((clock.when() or 0.0) + more / _SLOWEST)
+            elif not isinstance(error, NoParts):
+                raise
+            return None
 
     def _landed(self, key: tuple[str, str, str | None], flight: Flight) -> None:
         """Let go of a flight, and tell those who wait when it failed."""

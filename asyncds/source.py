@@ -17,9 +17,10 @@ from typing import Any
 from uuid import uuid4
 
 from asyncds.cache import Cache
+from asyncds.download import Memory
 from asyncds.entry import object_id
 from asyncds.errors import DatasetClosed
-from asyncds.fetcher import Fetched, Fetcher, Memory, lookup
+from asyncds.fetcher import Fetched, Fetcher, lookup
 from asyncds.listing import Labeller, Table, list_prefix
 from asyncds.manifest import KeyFilter, Manifest, ObjectInfo, parse_uri
 from asyncds.portal import Portal

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from asyncds.cache import Cache
+from asyncds.download import Memory, verify
 from asyncds.errors import (
     AccessDenied,
     ConfigurationError,
@@ -16,7 +17,7 @@ from asyncds.errors import (
     ObjectNotFound,
     TransferFailed,
 )
-from asyncds.fetcher import Fetched, Fetcher, Memory, lookup, resident, verify
+from asyncds.fetcher import Fetched, Fetcher, lookup, resident
 from asyncds.manifest import ObjectInfo
 from asyncds.retry import Retry
 from asyncds.stats import Counters
@@ -394,7 +395,7 @@ async def test_giant_without_a_listing_goes_alone():
 
 
 async def test_size_that_is_told_gives_time(monkeypatch):
-    monkeypatch.setattr("asyncds.fetcher._SLOWEST", 1e5)
+    monkeypatch.setattr("asyncds.download._SLOWEST", 1e5)
     store = store_of(1, size=100_000)
 
     class Slow(FakeStore):

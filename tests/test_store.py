@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncds.download import verify
 from asyncds.errors import (
     AccessDenied,
     AsyncdsError,
@@ -43,7 +44,7 @@ from asyncds.errors import (
     StoreError,
     TransferFailed,
 )
-from asyncds.fetcher import Fetcher, verify
+from asyncds.fetcher import Fetcher
 from asyncds.manifest import ObjectInfo
 from asyncds.retry import Retry
 from asyncds.store import Connection, ObjectStore, S3Store
