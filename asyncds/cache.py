@@ -16,6 +16,9 @@ from collections.abc import Iterable, Sequence
 from errno import EISDIR, ELOOP, ENOENT, ENOTDIR, ENXIO
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from asyncds import audit
 from asyncds.clearing import Clearing
 from asyncds.entry import FIRST_SEEN, Entry, NewEntry, entry_key, pack_header, pack_header_of, read_entry, unpack
@@ -25,12 +28,13 @@ from asyncds.index import FAULTS, FILE_NAME
 from asyncds.large import StoredBody, digest_of
 from asyncds.sweep import Sweeper
 
-__all__ = ["Cache", "LargeEntry"]
+__all__ = ["Cache", "LargeEntry", "largest_that_fits"]
 
 INLINE_LIMIT = 32 << 10
 _FREE_FLOOR = 0.05
 _VARIABLES_PER_QUERY = 500
 _NO_FILE_OF_OURS = {ENOENT, ELOOP, EISDIR, ENOTDIR, ENXIO}
+_HEADERS, _ROW = 120, 200  # bytes that a value and its row take beside the body, about
 _SLACK = 0.01  # of the limit, made free beyond what is needed, so that room is not made for each batch
 
 
@@ -355,6 +359,15 @@ def _on_disk(size: int) -> int:
 
 def _blocks(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
+
+
+def largest_that_fits(sizes: NDArray[np.int64], room: int) -> int | None:
+    """The size up to which objects of these sizes fit into so many bytes together; None if all of them do."""
+    known = np.sort(sizes[sizes >= 0])
+    files = -(-(known + _HEADERS) // BLOCK) * BLOCK
+    taken = np.cumsum(np.where(known < INLINE_LIMIT, known + known // 8 + _HEADERS, files) + _ROW)
+    fitting = int(np.searchsorted(taken, room, side="right"))
+    return None if fitting == len(known) else int(known[fitting - 1]) if fitting else -1
 
 
 class LargeEntry:

@@ -1,4 +1,4 @@
-"""The command line: `asyncds warm` and `asyncds demo`. Torch is imported by the demo only."""
+"""The command line: `asyncds warm`, `asyncds verify` and `asyncds demo`. Torch is imported by the demo only."""
 
 import signal
 import sys
@@ -83,6 +83,34 @@ def warm(uri: str, match: str | None, limit: int | None, quiet: bool, **options:
             f"error: {report.uncached:,} objects do not fit: raise ASYNCDS_CACHE_SIZE or free the disk", err=True
         )
     if report.failures or report.uncached:
+        raise SystemExit(1)
+
+
+@_commands.command()
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Which cache; else ASYNCDS_CACHE_DIR.")
+@click.option("--fix", is_flag=True, help="Remove what is damaged or litter, correct accounting and permissions.")
+def verify(cache_dir: Path | None, fix: bool) -> None:
+    """Compare all that the cache claims with its folder, value by value.
+
+    Exits with 0 when all is well, or was mended, and with 1 otherwise. What asyncds did not put there is never touched.
+    """
+    from asyncds.audit import PROBLEMS
+    from asyncds.cache import Cache
+    from asyncds.settings import Settings
+
+    cache = Cache(Settings().cache_dir if cache_dir is None else cache_dir)
+    problems = cache.check(fix=fix)
+    for kind, found in problems.items():
+        click.echo(f"{kind}: {len(found):,} ({PROBLEMS[kind]})", err=True)
+        for text in found[:_FAILURES_SHOWN]:
+            click.echo(f"  {text}", err=True)
+        if len(found) > _FAILURES_SHOWN:
+            click.echo(f"  … and {len(found) - _FAILURES_SHOWN:,} more", err=True)
+    left = cache.check() if fix and problems else problems
+    mended = "mended, " if problems and not left else ""
+    click.echo(f"{cache.directory}: {mended}{len(cache):,} entries, {cache.volume() / 1e6:,.1f} MB")
+    cache.close()
+    if left:
         raise SystemExit(1)
 
 

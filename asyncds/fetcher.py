@@ -139,7 +139,8 @@ class Fetcher:
     """Downloads objects from a store into a cache, at most one download per object at a time.
 
     Lives on one event loop. At most `concurrency` requests are in flight, and 32 MiB between socket and disk; fetchers
-    that are given the same `slots` and `memory` share these bounds.
+    that are given the same `slots` and `memory` share these bounds. What `admits` does not want, by its size, is not
+    cached.
     A waiter that is cancelled or times out does not disturb the download, nor others who wait for it. A failure is
     told to all who wait, once, and not remembered.
 
@@ -159,6 +160,7 @@ class Fetcher:
         counters: Counters | None = None,
         slots: asyncio.Semaphore | None = None,
         memory: Memory | None = None,
+        admits: Callable[[int], bool] | None = None,
     ) -> None:
         try:
             inspect.signature(store.get).bind(None, None, None)
@@ -170,6 +172,7 @@ class Fetcher:
         self._patience = retry.deadline / 4
         self.downloader = Downloader(store, retry, slots or asyncio.Semaphore(concurrency), memory or Memory())
         self._tag = tag
+        self._admits = admits or (lambda size: True)
         self._counters = counters
         self._flights: dict[tuple[str, str, str | None], Flight] = {}
         self._unwritten: deque[tuple[NewEntry, asyncio.Future[None]]] = deque()
@@ -277,7 +280,7 @@ class Fetcher:
         Yields what the object is known as, what the cache has of it, and how many seconds it took. Who waits for a
         process that stands still waits for a quarter of the deadline, and then brings the object as well.
         """
-        if self._cache is None or self._cache.full:
+        if self._cache is None or self._cache.full or not self._admits(info.size or 0):
             yield info, None, 0.0
             return
         id, now = object_id(self._store.endpoint, info.bucket, info.key), asyncio.get_running_loop().time
@@ -333,8 +336,10 @@ class Fetcher:
     ) -> None:
         async with self.downloader.whole(info, allowance=-waited, most=most) as (served, body):
             self._deliver(Fetched(served, body), arrived)
-            if self._cache is not None:
+            if self._cache is not None and self._admits(len(body)):
                 await self._publish(asked, served, body)
+            elif self._cache is not None:
+                self._count(uncached=1)
 
     def _deliver(self, fetched: Fetched, arrived: asyncio.Future[Fetched]) -> None:
         self._done += 1
@@ -345,6 +350,8 @@ class Fetcher:
         """Bring a large object into its file; None if it is none, does not fit, or comes as a whole only."""
         cache = self._cache
         if cache is None or info.size is None or info.size <= LARGE or info.etag is None:
+            return None
+        if not self._admits(info.size):
             return None
         run = partial(asyncio.get_running_loop().run_in_executor, self._writer)
         id = object_id(self._store.endpoint, info.bucket, info.key)

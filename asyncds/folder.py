@@ -30,6 +30,7 @@ from typing import Any
 from asyncds.errors import CacheError
 from asyncds.index import DATABASE, FAULTS, FILE_NAME, Index, connect, is_damage, is_trustworthy
 from asyncds.locks import Locks
+from asyncds.mounts import network_filesystem
 
 __all__ = ["BLOCK", "FORMAT", "WRITING", "Folder", "publish"]
 
@@ -151,6 +152,12 @@ class Folder:
     # the layout
 
     def _prepare(self) -> None:
+        network = network_filesystem(self.directory)
+        if network is not None:
+            raise CacheError(
+                f"{self.directory} lies on a network filesystem ({network}), where locks cannot be relied on: "
+                "set ASYNCDS_CACHE_DIR to a local directory"
+            )
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._check_owner()

@@ -3,10 +3,11 @@
 import difflib
 import math
 import multiprocessing
+import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_args
 
 import platformdirs
 from annotated_types import Ge, Gt, Le
@@ -24,6 +25,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from asyncds.errors import ConfigurationError
+from asyncds.mounts import network_filesystem
 
 __all__ = ["Options", "Settings", "or_close_to"]
 
@@ -62,12 +64,26 @@ def _directory(value: object) -> Path:
     return Path(value).expanduser().absolute()
 
 
+def _default_directory() -> Path:
+    """The user's cache directory; where that lies on a network filesystem, a local one that the job was given."""
+    usual = platformdirs.user_cache_path()
+    network = network_filesystem(usual)
+    for name in ("SLURM_TMPDIR", "TMPDIR") if network is not None else ():
+        place = os.environ.get(name)
+        if place and network_filesystem(Path(place)) is None:
+            message = f"{usual} lies on a network filesystem ({network}): the cache is in {name}={place}"
+            warnings.warn_explicit(f"{message}; set ASYNCDS_CACHE_DIR to choose", UserWarning, "asyncds", 1)
+            return Path(place)
+    return usual
+
+
 class Options(TypedDict):
     """The settings that constructors accept by keyword; `Settings` says what each means and what it is by default."""
 
     concurrency: NotRequired[int | str]
     cache_dir: NotRequired[str | Path]
     cache_size: NotRequired[int | float | str | None]
+    admit: NotRequired[Literal["first", "smallest"]]
     timeout: NotRequired[float]
     deadline: NotRequired[float]
     first_contact: NotRequired[float]
@@ -92,12 +108,15 @@ class Settings(BaseSettings):
 
     concurrency: int = Field(256, ge=1, le=4096, description="requests in flight per rank, shared out over its workers")
     cache_dir: Annotated[Path, BeforeValidator(_directory)] = Field(
-        default_factory=platformdirs.user_cache_path,
+        default_factory=_default_directory,
         description="directory in which asyncds makes its own folder, `asyncds`",
     )
     cache_size: Annotated[int | float, BeforeValidator(_size), Gt(0)] | None = Field(
         None,
         description="limit of the cache, such as 50GB or 30% of the disk; by default all but 5 % of the disk",
+    )
+    admit: Literal["first", "smallest"] = Field(
+        "first", description="which objects a cache that is too small keeps: those that come first, or the smallest"
     )
     timeout: float = Field(10.0, gt=0, le=3600, description="seconds without progress that end an attempt")
     deadline: float = Field(60.0, gt=0, le=86400, description="seconds for one object, with its retries")
@@ -206,6 +225,8 @@ def _allowed(field: FieldInfo) -> str:
         kind = "a whole number" if field.annotation is int else "a number"
         start = f"from {low.ge}" if isinstance(low, Ge) else f"above {low.gt}"
         return f"must be {kind} {start} to {high.le:g} ({field.description})"
+    if get_args(field.annotation) and all(isinstance(choice, str) for choice in get_args(field.annotation)):
+        return f"must be {' or '.join(get_args(field.annotation))}"
     if field.annotation is bool:
         return "must be true or false"
     if field.description and "limit" in field.description:

@@ -16,11 +16,11 @@ from queue import Empty, SimpleQueue
 from typing import Any
 from uuid import uuid4
 
-from asyncds.cache import Cache
+from asyncds.cache import Cache, largest_that_fits
 from asyncds.download import Memory
 from asyncds.entry import object_id
 from asyncds.errors import DatasetClosed
-from asyncds.fetcher import Fetched, Fetcher, lookup
+from asyncds.fetcher import Fetched, Fetcher, lookup, resident
 from asyncds.listing import Labeller, Table, list_prefix
 from asyncds.manifest import KeyFilter, Manifest, ObjectInfo, parse_uri
 from asyncds.portal import Portal
@@ -36,6 +36,7 @@ __all__ = ["Arrivals", "Source", "StoreRecipe"]
 # Exit handlers of multiprocessing run in workers, too, where those of atexit do not; the greater number goes first.
 _FIRST_TO_CLOSE, _LAST_TO_CLOSE = 100, 90
 _SECONDS_BETWEEN_CHECKS = 5.0
+_LOOKUP = 1000
 # The defaults of s3torchconnector's S3ClientConfig: a value that equals them was not chosen.
 _CRT_GBPS, _CRT_ATTEMPTS = 10.0, 10
 
@@ -181,6 +182,7 @@ class _Runtime:
             counters=source_counters,
             slots=self.portal.shared(concurrency, lambda: asyncio.Semaphore(concurrency)),
             memory=self.portal.shared(Memory, Memory),
+            admits=partial(Source.admits, weakref.proxy(source)) if settings.admit == "smallest" else None,
         )
         self.close = util.Finalize(None, self._shut, exitpriority=_FIRST_TO_CLOSE)
         weakref.finalize(source, self._dropped).atexit = False
@@ -248,6 +250,7 @@ class Source:
         self._runtimes: list[_Runtime] = []  # the last is this process's; those before it were inherited and lie still
         self._hold()
         self._closed = False
+        self._smallest: int | None = None
         self._final: dict[str, float] | None = None
         self._litter = [self.table.path, notices, notices.with_suffix(".full"), notices.with_suffix(".fault")]
         if self.table.lock.stem == self.table.path.stem:
@@ -300,6 +303,8 @@ class Source:
     def request(self, infos: Sequence[ObjectInfo]) -> Arrivals:
         """Start to download a batch, or join what is under way, and return what to wait on."""
         runtime = self.runtime()
+        if self.settings.admit == "smallest":
+            self.admits(0)  # which takes time at first: here, not on the loop
         arrivals = Arrivals(runtime.portal)
         runtime.portal.start(_serve(runtime.fetcher, infos, arrivals))
         return arrivals
@@ -310,13 +315,30 @@ class Source:
         Failures of single objects are reported, not raised; a store that cannot be reached at all is.
         """
         manifest, runtime = self.manifest, self.runtime()
-        missing = Missing(self.cache, self.endpoint, manifest)
+        admits = self.admits if self.settings.admit == "smallest" else lambda size: True
+        admits(0)
+        missing = Missing(self.cache, self.endpoint, manifest, admits)
         with progress_bar(f"warming {self._uri}", len(manifest), show=progress) as advance:
             return runtime.portal.call(warm(runtime.fetcher, missing, self.counters, advance))
 
     def refresh(self) -> None:
         """Forget which versions of unlisted objects were seen first, so that the next read takes what is there now."""
         self.cache.forget_first_seen(object_id(self.endpoint, info.bucket, info.key) for info in self.manifest)
+
+    def admits(self, size: int) -> bool:
+        """Whether an object of so many bytes is one of the smallest, which fit into the cache together."""
+        if self._smallest is None and self.listed:
+            self._smallest = self._largest_admitted()
+        return self._smallest is None or size <= self._smallest
+
+    def _largest_admitted(self) -> int:
+        manifest, own = self.manifest, 0
+        for start in range(0, len(manifest), _LOOKUP):
+            infos = manifest[start : start + _LOOKUP]
+            present = resident(self.cache, self.endpoint, infos)
+            own += sum(info.size or 0 for info, there in zip(infos, present, strict=True) if there)
+        largest = largest_that_fits(manifest.sizes, self.cache.room() + own)
+        return sys.maxsize if largest is None else largest
 
     @property
     def listed(self) -> bool:

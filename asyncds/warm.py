@@ -1,7 +1,7 @@
 """Bring a whole table into the cache, before training needs it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from typing import NamedTuple
 
@@ -40,16 +40,17 @@ class WarmReport(NamedTuple):
 class Missing:
     """The rows of a manifest that the cache does not have, found 200 at a time while they are consumed.
 
-    Those that the cache has no room for are left out, and counted in `unfit`.
+    Those that the cache has no room for, or that `admits` does not want, are left out, and counted in `unfit`.
     """
 
-    def __init__(self, cache: Cache, endpoint: str, manifest: Manifest) -> None:
+    def __init__(self, cache: Cache, endpoint: str, manifest: Manifest, admits: Callable[[int], bool]) -> None:
         self.total = len(manifest)
         self.resident = 0
         self.unfit = 0
         self._cache = cache
         self._endpoint = endpoint
         self._manifest = manifest
+        self._admits = admits
 
     def __iter__(self) -> Iterator[ObjectInfo]:
         for start in range(0, self.total, _LOOKUP):
@@ -60,11 +61,16 @@ class Missing:
             for info, there in zip(infos, present, strict=True):
                 if there:
                     continue
-                if self._cache.full if info.size is None else info.size > room:
+                if not self._fits(info, room):
                     self.unfit += 1
                 else:
                     room -= info.size or 0
                     yield info
+
+    def _fits(self, info: ObjectInfo, room: int) -> bool:
+        if info.size is None:
+            return not self._cache.full
+        return info.size <= room and self._admits(info.size)
 
 
 async def warm(fetcher: Fetcher, missing: Missing, counters: Counters, advance: Advance) -> WarmReport:

@@ -17,15 +17,17 @@ import warnings
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from diskcache.core import MODE_PICKLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncds.audit import PROBLEMS
-from asyncds.cache import INLINE_LIMIT, Cache
+from asyncds.cache import INLINE_LIMIT, Cache, largest_that_fits
 from asyncds.entry import Entry, NewEntry, entry_key, object_id, pack_header, unpack
 from asyncds.errors import CacheError
+from asyncds.mounts import network_filesystem
 from asyncds.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -927,3 +929,93 @@ def test_full_cache_says_so_once(tmp_path):
     with pytest.warns(UserWarning, match=r"is full: .* raise ASYNCDS_CACHE_SIZE") as caught:
         assert [cache.put_many([new(number, b"x")]) for number in range(3)] == [0, 0, 0]
     assert len(caught) == 1
+
+
+# filesystems
+
+
+MOUNTS = r"""22 1 0:21 / / rw,relatime - ext4 /dev/vda rw
+30 22 0:40 / /home rw - nfs4 server:/home rw
+31 30 0:41 / /home/with\040space rw - tmpfs tmpfs rw
+32 22 0:42 / /mnt/bucket rw - fuse.mount-s3 mount-s3 rw
+33 22 0:43 / /var/lib rw - fuse.fuse-overlayfs overlay rw
+34 22 0:44 / /again rw - ext4 /dev/vdb rw
+35 22 0:45 / /again rw - lustre lustre rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/tmp/cache", None),
+        ("/home/me/.cache", "nfs4"),
+        ("/homestead", None),
+        ("/home/with space/x", None),
+        ("/mnt/bucket/a/b", "fuse.mount-s3"),
+        ("/var/lib/x", None),
+        ("/again", "lustre"),
+    ],
+)
+def test_filesystem_of_a_network_is_recognised(tmp_path, monkeypatch, path, kind):
+    (tmp_path / "mountinfo").write_text(MOUNTS)
+    monkeypatch.setattr("asyncds.mounts._MOUNTS", tmp_path / "mountinfo")
+    assert network_filesystem(Path(path)) == kind
+
+
+def test_cache_on_a_network_filesystem_is_refused_if_named_and_moved_if_not(tmp_path, monkeypatch):
+    mounts, local = tmp_path / "mountinfo", tmp_path / "local"
+    mounts.write_text(f"1 0 0:1 / / rw - nfs4 x rw\n2 1 0:2 / {local} rw - ext4 x rw\n")
+    monkeypatch.setattr("asyncds.mounts._MOUNTS", mounts)
+    with pytest.raises(CacheError, match=r"network filesystem \(nfs4\).*ASYNCDS_CACHE_DIR"):
+        Cache(tmp_path / "named")
+    assert not (tmp_path / "named").exists()
+    monkeypatch.delenv("ASYNCDS_CACHE_DIR")
+    monkeypatch.setenv("TMPDIR", os.fspath(local))
+    with pytest.warns(UserWarning, match="ASYNCDS_CACHE_DIR"):
+        assert Settings().cache_dir == local
+    monkeypatch.setenv("TMPDIR", os.fspath(tmp_path / "elsewhere"))
+    with pytest.raises(CacheError, match="network filesystem"):
+        Cache(Settings().cache_dir)
+
+
+# formats and permissions
+
+
+def test_older_format_is_set_aside_and_a_newer_one_refused(tmp_path, monkeypatch):
+    cache = Cache(tmp_path)
+    _, keys = stored(cache, *BODIES)
+    cache.close()
+    monkeypatch.setattr("asyncds.folder.FORMAT", 2)
+    with pytest.warns(UserWarning, match="of format 1: it was moved to"):
+        cache = Cache(tmp_path)
+    assert cache.get_many(keys) == [None] * len(keys)
+    stored(cache, *BODIES)
+    cache.close()
+    assert len([*cache.directory.glob("objects-of-format-1-*")]) == 1
+    monkeypatch.setattr("asyncds.folder.FORMAT", 1)
+    with pytest.raises(CacheError, match="is of format 2, this asyncds knows 1"):
+        Cache(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_folder_that_others_may_write_to_is_refused(tmp_path, mode):
+    folder = Cache(tmp_path).directory
+    folder.chmod(mode)
+    with pytest.raises(CacheError, match="may be written by others"):
+        Cache(tmp_path)
+    folder.chmod(0o755)
+    Cache(tmp_path)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+# which objects are kept
+
+
+@given(st.lists(st.integers(-1, 200_000), max_size=40), st.integers(0, 2_000_000))
+def test_largest_that_fits_lets_the_smallest_in(sizes, room):
+    largest = largest_that_fits(np.array(sizes, np.int64), room)
+    kept = sorted(size for size in sizes if size >= 0 and (largest is None or size <= largest))
+    below = [size for size in kept if size != largest]
+    assert sum(below) <= room
+    if largest is not None:
+        assert sum(-(-size // 4096) * 4096 + 4096 for size in sorted(s for s in sizes if s >= 0)) > room

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from asyncds.settings import Settings
 from asyncds.testing import Fault, S3Server
 
 KEYS = [f"train/{number % 3}/{number:02}.bin" for number in range(30)]
@@ -129,3 +130,25 @@ def test_help_needs_neither_torch_nor_botocore():
     assert (done.returncode, done.stderr) == (0, "")
     assert "warm" in done.stdout
     assert done.stdout.endswith("set()\n")
+
+
+def test_verify_finds_and_mends(bucket, tmp_path):
+    assert run("warm", "s3://mnist/train")[0] == 0
+    code, output, errors = run("verify")
+    assert (code, errors) == (0, "")
+    assert "30 entries" in output
+    folder = Settings().cache_dir / "asyncds" / "objects" / "ab"
+    folder.mkdir(0o700, exist_ok=True)
+    (folder / f"{0:030x}.tmp").touch(0o600)
+    code, output, errors = run("verify")
+    assert (code, errors.splitlines()[0].partition(" (")[0]) == (1, "temporary: 1")
+    code, output, errors = run("verify", "--fix")
+    assert (code, "mended" in output) == (0, True)
+    assert run("verify")[0] == 0
+
+
+def test_verify_of_what_is_no_cache(tmp_path):
+    (tmp_path / "file").touch()
+    code, _, errors = run("verify", "--cache-dir", str(tmp_path / "file"))
+    assert (code, len(errors.splitlines())) == (1, 1)
+    assert "cannot be used as a cache" in errors

@@ -258,3 +258,23 @@ def test_every_epoch_over_a_cache_that_is_too_small_downloads_exactly_what_is_no
         assert all(made == missing for made, missing in gets)
         assert share * count - 3 <= kept <= share * count + 3
         assert source.cache.check() == {}
+
+
+@pytest.mark.filterwarnings("ignore:the cache in .* is full")
+@pytest.mark.parametrize("warmed", [True, False])
+def test_smallest_objects_are_kept_if_asked_for(s3_process, warmed):
+    sizes = [int(5000 * random.Random(n).lognormvariate(0, 0.8)) + 1 for n in range(300)]
+    s3_process.put_many("mnist", {f"x/{n:03}": bytes(size) for n, size in enumerate(sizes)})
+    half = sum(sizes) // 2
+    gets = {}
+    for admit in ("first", "smallest"):
+        with dataset_of("x", cache_size=half, admit=admit, cache_dir=f"cache-{admit}-{warmed}") as dataset:
+            if warmed:
+                report = dataset.warm(progress=False)
+                assert report.fetched + report.uncached >= 300
+            for _ in range(2):
+                s3_process.reset_counts()
+                assert [len(sample) for sample in dataset] == sizes
+            gets[admit] = s3_process.stats.requests["GET"]
+            assert dataset._parts[0].source.cache.volume() <= half * 1.05
+    assert gets["smallest"] < 0.35 * 300 < 0.42 * 300 < gets["first"], "79 % and 50 % hits are what theory says"
