@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from asyncds import audit
 from asyncds.clearing import Clearing
 from asyncds.entry import FIRST_SEEN, Entry, NewEntry, entry_key, pack_header, pack_header_of, read_entry, unpack
+from asyncds.errors import CacheError
 from asyncds.files import NewFile, Written
 from asyncds.folder import BLOCK, Folder
 from asyncds.index import FAULTS, FILE_NAME
@@ -49,20 +50,28 @@ class Cache:
     counted in `damaged`. Processes that are given the same `notices`, the beginning of a file's name, warn once among
     them.
 
+    A folder that cannot be written is read; with `read_only` any is, also another user's.
+
     Raises `CacheError` if the directory cannot be used when it is opened.
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, limit: int | float | None = None, notices: Path | None = None
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        limit: int | float | None = None,
+        notices: Path | None = None,
+        read_only: bool = False,
     ) -> None:
         self.directory = Path(directory) / "asyncds"
         self.damaged = 0
         self.full = False
         self._limit = limit
-        self._folder = Folder(self.directory, notices)
+        self._folder = Folder(self.directory, notices, read_only=read_only)
         self._clearing = Clearing(self._folder)
         self._sweeper = Sweeper(self._folder)
-        self._sweeper.start_if_needed()
+        if not self.read_only:
+            self._sweeper.start_if_needed()
 
     def __repr__(self) -> str:
         try:
@@ -74,6 +83,11 @@ class Cache:
         """Number of rows in the index."""
         ((count,),) = self._folder.query("SELECT value FROM Settings WHERE key = 'count'")
         return int(count)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing is written: because that was asked for, or because nothing can be."""
+        return self._folder.read_only
 
     @property
     def faults(self) -> int:
@@ -154,6 +168,8 @@ class Cache:
 
     def _discard(self, key: bytes, row: tuple[object, object]) -> None:
         """Remove a bad row, unless another process has replaced it meanwhile, and its file."""
+        if self.read_only:
+            return
         try:
             bad = "DELETE FROM Cache WHERE key = ? AND raw = 1 AND filename IS ? AND value IS ?"
             with self._folder.transaction() as index:
@@ -170,6 +186,10 @@ class Cache:
 
         Files are complete under their names before the transaction begins; a crash leaves litter, never a lie.
         """
+        if self.read_only:
+            self.full = True
+            self._warn_if_full()
+            return 0
         try:
             present = self._select([entry_key(entry.object, entry.etag) for entry in entries], values=False)
             written = self._written([e for e in entries if entry_key(e.object, e.etag) not in present], tag)
@@ -214,6 +234,8 @@ class Cache:
             return 0
 
     def _room(self) -> int:
+        if self.read_only:
+            return 0
         total, free = self._folder.disk()
         spare = int(free - total * _FREE_FLOOR)
         limit = self.capacity
@@ -255,7 +277,7 @@ class Cache:
 
         Happens by itself when a run begins, if somebody has written since the last time.
         """
-        return self._sweeper.sweep()
+        return 0 if self.read_only else self._sweeper.sweep()
 
     def check(self, *, fix: bool = False) -> dict[str, list[str]]:
         """Compare everything that the cache claims with its folder, and return problems by kind (`audit.PROBLEMS`).
@@ -264,6 +286,8 @@ class Cache:
         writing is no problem. `fix` removes what is damaged, missing or litter, and corrects accounting and
         permissions; what is foreign is never touched. The problems that were found are returned in any case.
         """
+        if fix and self.read_only:
+            raise CacheError(f"{self.directory} is read-only: nothing in it can be mended")
         problems = audit.check(self._folder, self._is_sound)
         if fix and problems:
             audit.fix(self._folder, problems)
@@ -343,7 +367,13 @@ class Cache:
                 value.file.settle()
 
     def _warn_if_full(self) -> None:
-        if self.full:
+        if self.full and self.read_only:
+            self._folder.say(
+                "full",
+                f"the cache in {self.directory} is read-only: what it lacks is downloaded again in each epoch; "
+                "set ASYNCDS_CACHE_DIR to a directory that can be written",
+            )
+        elif self.full:
             self._folder.say(
                 "full",
                 f"the cache in {self.directory} is full: what does not fit is downloaded again in each epoch; "
@@ -353,8 +383,8 @@ class Cache:
 
 
 def _on_disk(size: int) -> int:
-    """Bytes that a value is accounted for: whole blocks for a file, what it is for a row."""
-    return size if size < INLINE_LIMIT else _blocks(size)
+    """Bytes that a value takes, at most: whole blocks for a file; about an eighth more than it is for a row."""
+    return size + size // 8 + _HEADERS + _ROW if size < INLINE_LIMIT else _blocks(size + _HEADERS)
 
 
 def _blocks(size: int) -> int:
@@ -365,7 +395,7 @@ def largest_that_fits(sizes: NDArray[np.int64], room: int) -> int | None:
     """The size up to which objects of these sizes fit into so many bytes together; None if all of them do."""
     known = np.sort(sizes[sizes >= 0])
     files = -(-(known + _HEADERS) // BLOCK) * BLOCK
-    taken = np.cumsum(np.where(known < INLINE_LIMIT, known + known // 8 + _HEADERS, files) + _ROW)
+    taken = np.cumsum(np.where(known < INLINE_LIMIT, known + known // 8 + _HEADERS + _ROW, files))
     fitting = int(np.searchsorted(taken, room, side="right"))
     return None if fitting == len(known) else int(known[fitting - 1]) if fitting else -1
 

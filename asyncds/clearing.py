@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from asyncds.entry import FIRST_SEEN
-from asyncds.folder import Folder, publish
+from asyncds.folder import Folder, publish, read
 
 __all__ = ["Clearing"]
 
@@ -31,12 +31,16 @@ class Clearing:
     def hold(self, tag: str) -> None:
         """Say that this process uses a dataset, until `release` or its end."""
         self._folder.datasets.share(_bytes(tag))
+        if self._folder.read_only:
+            return
         with contextlib.suppress(OSError):
             publish(self._note(tag), json.dumps({"dataset": tag}) + "\n")
 
     def release(self, tag: str) -> None:
         """Undo one `hold`."""
         self._folder.datasets.release(_bytes(tag))
+        if self._folder.read_only:
+            return
         with contextlib.suppress(OSError):
             os.utime(self._note(tag))
 
@@ -95,7 +99,7 @@ class Clearing:
         used = []
         for path in (self._folder.directory / "datasets").glob("*.json"):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                used.append((path.stat().st_mtime, str(json.loads(path.read_text())["dataset"])))
+                used.append((path.stat().st_mtime, str(json.loads(read(path))["dataset"])))
         for _, name in sorted(used):
             if name != tag and self._folder.datasets.take(_bytes(name)):
                 yield name

@@ -24,6 +24,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator
+from errno import EROFS
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from asyncds.index import DATABASE, FAULTS, FILE_NAME, Index, connect, is_damage
 from asyncds.locks import Locks
 from asyncds.mounts import network_filesystem
 
-__all__ = ["BLOCK", "FORMAT", "WRITING", "Folder", "publish"]
+__all__ = ["BLOCK", "FORMAT", "WRITING", "Folder", "publish", "read"]
 
 FORMAT = 1
 BLOCK = 4096
@@ -50,11 +51,13 @@ class Folder:
     """A folder that processes share. Safe to use from any thread, also across `fork`.
 
     Raises `CacheError` if it cannot be used when it is opened. `notices`, the beginning of a file's name, makes the
-    processes that are given the same one warn once among them.
+    processes that are given the same one warn once among them. In a folder that is `read_only`, or cannot be written,
+    nothing is; it may then belong to another user, if `read_only` is asked for.
     """
 
-    def __init__(self, directory: Path, notices: Path | None) -> None:
+    def __init__(self, directory: Path, notices: Path | None, *, read_only: bool = False) -> None:
         self.directory = directory
+        self.read_only = read_only
         self.objects = directory / "objects"
         self.faults = 0
         self.datasets, self.files, self.claims = (
@@ -81,6 +84,8 @@ class Folder:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Index]:
         """The index, for one transaction that this process's threads take in turns."""
+        if self.read_only:
+            raise OSError(EROFS, os.strerror(EROFS))
         with self._writing:
             index = self._opened()
             with index.transact():
@@ -109,10 +114,11 @@ class Folder:
             self._reader.close()
             self._reader = None
         if self._reader is None:
-            with self._writing:
-                self._opened()
+            if not self.read_only:
+                with self._writing:
+                    self._opened()
             self._reads = self._identity()
-            self._reader = connect(self.objects / DATABASE)
+            self._reader = connect(self.objects / DATABASE, read_only=self.read_only)
         return self._reader
 
     def _opened(self) -> Index:
@@ -158,15 +164,19 @@ class Folder:
                 f"{self.directory} lies on a network filesystem ({network}), where locks cannot be relied on: "
                 "set ASYNCDS_CACHE_DIR to a local directory"
             )
+        database, aside = self.objects / DATABASE, None
         try:
+            if self.read_only or (database.exists() and not os.access(self.objects, os.W_OK)):
+                self._prepare_to_read(database)
+                return
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._check_owner()
             self.directory.chmod(0o700)
             self._mark()
             for name in ("objects", "datasets", "locks", "manifests", "stats"):
                 (self.directory / name).mkdir(mode=0o700, exist_ok=True)
-            database = self.objects / DATABASE
-            aside = self._set_aside() if database.exists() and not is_trustworthy(database) else None
+            if database.exists() and not is_trustworthy(database):
+                aside = self._set_aside()
             os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         except CacheError:
             raise
@@ -178,11 +188,20 @@ class Folder:
         if aside is not None:
             self._tell_of(aside)
 
+    def _prepare_to_read(self, database: Path) -> None:
+        """Use a folder as it is: it must be there, and of this format."""
+        self._check_owner()
+        if self._made() != FORMAT or not is_trustworthy(database, read_only=True):
+            raise CacheError(f"{self.directory} holds no cache that can be read: set ASYNCDS_CACHE_DIR elsewhere")
+        self.read_only = True
+        self.datasets, self.files, self.claims = Locks(None), Locks(None), Locks(None)
+
     def _check_owner(self) -> None:
         status = self.directory.stat()
-        if status.st_uid != os.geteuid():
+        if status.st_uid != os.geteuid() and not self.read_only:
             raise CacheError(
-                f"{self.directory} belongs to user {status.st_uid}: set ASYNCDS_CACHE_DIR to a directory of yours"
+                f"{self.directory} belongs to user {status.st_uid}: set ASYNCDS_CACHE_DIR to a directory of yours, "
+                "or ASYNCDS_CACHE_READ_ONLY=true if you trust them"
             )
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise CacheError(
@@ -192,12 +211,8 @@ class Folder:
 
     def _mark(self) -> None:
         """Say in the folder what it is; set an older format aside, and refuse a newer one."""
-        marker = self.directory / "format.json"
-        if marker.exists():
-            try:
-                made = int(json.loads(marker.read_text())["format"])
-            except (ValueError, KeyError, TypeError):
-                raise CacheError(f"{marker} is damaged: delete {self.directory}, or set ASYNCDS_CACHE_DIR") from None
+        marker, made = self.directory / "format.json", self._made()
+        if made is not None:
             if made > FORMAT:
                 raise CacheError(
                     f"{self.directory} is of format {made}, this asyncds knows {FORMAT}: "
@@ -210,6 +225,16 @@ class Folder:
             self.warn(f"the cache was of format {made}: it was moved to {aside}, which you may delete")
         publish(self.directory / "CACHEDIR.TAG", _TAG)
         publish(marker, json.dumps({"made by": "asyncds", "format": FORMAT}) + "\n")
+
+    def _made(self) -> int | None:
+        """The format in which the folder was made; None for a new one."""
+        marker = self.directory / "format.json"
+        try:
+            return int(json.loads(read(marker))["format"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, OSError):
+            raise CacheError(f"{marker} is damaged: delete {self.directory}, or set ASYNCDS_CACHE_DIR") from None
 
     # who may leave something behind
 
@@ -294,6 +319,15 @@ class Folder:
     @staticmethod
     def warn(message: str) -> None:
         warnings.warn_explicit(message, UserWarning, "asyncds", 1)  # no line of code has caused it
+
+
+def read(path: Path) -> str:
+    """The text of a small regular file: what else lies in its place is not waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("no regular file")
+        return file.read(1 << 16)
 
 
 def publish(path: Path, text: str) -> None:

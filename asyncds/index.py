@@ -85,17 +85,19 @@ class Index(diskcache.Cache):  # type: ignore[misc]
             self._connection = None
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+    """Open the database; `read_only` in a folder that cannot be written, where SQLite can make neither log nor lock."""
+    place = f"{path.absolute().as_uri()}?immutable=1" if read_only else path
+    connection = sqlite3.connect(place, uri=read_only, timeout=10, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA trusted_schema = 0")
     connection.execute("PRAGMA synchronous = 1")  # like the others per connection; without it commits wait for the disk
     return connection
 
 
-def is_trustworthy(path: Path) -> bool:
+def is_trustworthy(path: Path, *, read_only: bool = False) -> bool:
     """Whether the schema is diskcache's own, and no setting is there that diskcache would pass on to SQLite."""
     try:
-        with contextlib.closing(connect(path)) as connection:
+        with contextlib.closing(connect(path, read_only=read_only)) as connection:
             schema = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
             settings = connection.execute("SELECT key FROM Settings").fetchall() if schema else []
     except sqlite3.Error as error:

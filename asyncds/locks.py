@@ -22,11 +22,11 @@ _BUSY = {errno.EACCES, errno.EAGAIN}
 class Locks:
     """Exclusive and shared locks by name, in one file; `Locks.at(path)` makes or finds those of a file.
 
-    Safe to use from any thread; never waits. Where the file cannot be locked, every lock is granted: locks save work,
-    and no fault of theirs may stop training.
+    Safe to use from any thread; never waits. Where the file cannot be locked, or there is none, locks are the process's
+    own: they save work, and no fault of theirs may stop training.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self._guard = threading.Lock()
         self._descriptor = -1
@@ -81,7 +81,7 @@ class Locks:
         """What this process holds: nothing, after a fork, though it has the descriptor."""
         if self._pid != os.getpid():
             self._pid, self._held = os.getpid(), {}
-        if self._descriptor < 0:
+        if self._descriptor < 0 and self.path is not None:
             with contextlib.suppress(OSError):
                 self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
                 weakref.finalize(self, os.close, self._descriptor).atexit = False

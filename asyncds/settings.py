@@ -83,6 +83,7 @@ class Options(TypedDict):
     concurrency: NotRequired[int | str]
     cache_dir: NotRequired[str | Path]
     cache_size: NotRequired[int | float | str | None]
+    cache_read_only: NotRequired[bool]
     admit: NotRequired[Literal["first", "smallest"]]
     timeout: NotRequired[float]
     deadline: NotRequired[float]
@@ -115,6 +116,7 @@ class Settings(BaseSettings):
         None,
         description="limit of the cache, such as 50GB or 30% of the disk; by default all but 5 % of the disk",
     )
+    cache_read_only: bool = Field(False, description="write nothing to the cache; it may be another user's")
     admit: Literal["first", "smallest"] = Field(
         "first", description="which objects a cache that is too small keeps: those that come first, or the smallest"
     )

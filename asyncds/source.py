@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import math
 import os
+import shutil
 import sys
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -233,12 +235,17 @@ class Source:
         self.settings = recipe.settings
         self.endpoint = recipe.identity
         self.tag = f"{uri} at {self.endpoint}"
-        notices = Path(self.settings.cache_dir, "asyncds", "stats", uuid4().hex)
-        self.cache = Cache(self.settings.cache_dir, limit=self.settings.cache_size, notices=notices)
+        name, place = uuid4().hex, Path(self.settings.cache_dir, "asyncds")
+        self.cache = self._open(place / "stats" / name)
+        if self.cache.read_only:  # the processes of the run share a few files all the same
+            place = Path(tempfile.mkdtemp(prefix="asyncds-"))
+            for part in ("stats", "manifests"):
+                (place / part).mkdir(mode=0o700)
+        notices = place / "stats" / name
         self.counters = Counters(notices)
         self._uri = uri
         self.table = Table(
-            self.cache.directory / "manifests",
+            place / "manifests",
             self.tag,
             self._listed,
             manifest=manifest,
@@ -255,6 +262,8 @@ class Source:
         self._litter = [self.table.path, notices, notices.with_suffix(".full"), notices.with_suffix(".fault")]
         if self.table.lock.stem == self.table.path.stem:
             self._litter.append(self.table.lock)
+        if self.cache.read_only:
+            self._litter.append(place)
         util.Finalize(self, _remove, (self._litter,), exitpriority=_LAST_TO_CLOSE)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -269,8 +278,12 @@ class Source:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.cache = Cache(self.settings.cache_dir, limit=self.settings.cache_size, notices=self.counters.path)
+        self.cache = self._open(self.counters.path)
         self._hold()
+
+    def _open(self, notices: Path) -> Cache:
+        settings = self.settings
+        return Cache(settings.cache_dir, limit=settings.cache_size, notices=notices, read_only=settings.cache_read_only)
 
     def _hold(self) -> None:
         """Keep others from making room at the cost of this dataset, until it is closed or gone."""
@@ -403,7 +416,7 @@ def _deliver(arrivals: Arrivals, position: int, arrived: asyncio.Future[Fetched]
 def _remove(paths: list[Path]) -> None:
     for path in paths:
         with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 _making = threading.Lock()

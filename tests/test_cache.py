@@ -1008,6 +1008,79 @@ def test_folder_that_others_may_write_to_is_refused(tmp_path, mode):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
+# folders that are only read
+
+
+def snapshot(folder):
+    return {path: (path.lstat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def sealed(tmp_path, monkeypatch):
+    """A cache with entries, in a folder that cannot be written as far as asyncds can see."""
+    cache = Cache(tmp_path)
+    _, keys = stored(cache, *BODIES)
+    cache.close()
+    monkeypatch.setattr("asyncds.folder.os.access", lambda *_: False)
+    before = snapshot(tmp_path)
+    yield tmp_path, keys
+    assert snapshot(tmp_path) == before
+
+
+def test_folder_that_cannot_be_written_is_read(sealed):
+    folder, keys = sealed
+    cache = Cache(folder)
+    assert cache.read_only
+    assert cache.get_many(keys) == [Entry("v1", body) for body in BODIES]
+    with pytest.warns(UserWarning, match="is read-only: what it lacks"):
+        assert cache.put_many([new("more", b"x")]) == 0
+    assert cache.put_many([new("more", b"x", first_seen=True)]) == 0
+    assert (cache.room(), cache.begin(new("large", b"").object, "v1", 1 << 25), cache.faults) == (0, None, 0)
+    cache.hold("dataset")
+    cache.release("dataset")
+    assert (cache.sweep(), cache.check()) == (0, {})
+    with pytest.raises(CacheError, match="nothing in it can be mended"):
+        cache.check(fix=True)
+    cache.close()
+
+
+def test_damage_in_a_folder_that_cannot_be_written_is_a_miss(tmp_path, monkeypatch):
+    cache = Cache(tmp_path)
+    _, keys = stored(cache, b"b" * BIG)
+    first_file(cache).write_bytes(b"damaged")
+    cache.close()
+    monkeypatch.setattr("asyncds.folder.os.access", lambda *_: False)
+    cache = Cache(tmp_path)
+    for _ in range(2):
+        assert cache.get_many(keys) == [None]
+    assert (cache.damaged, cache.faults) == (2, 0)
+
+
+def test_folder_of_another_user_is_read_only_when_asked_for(tmp_path, monkeypatch):
+    cache = Cache(tmp_path)
+    _, keys = stored(cache, *BODIES)
+    cache.close()
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(CacheError, match=r"belongs to user .*ASYNCDS_CACHE_READ_ONLY"):
+        Cache(tmp_path)
+    cache = Cache(tmp_path, read_only=True)
+    assert cache.get_many(keys) == [Entry("v1", body) for body in BODIES]
+    cache.directory.chmod(0o777)
+    with pytest.raises(CacheError, match="may be written by others"):
+        Cache(tmp_path, read_only=True)
+
+
+@pytest.mark.parametrize("what", ["nothing", "an empty folder", "another format"])
+def test_reading_only_what_is_not_there_is_an_error(tmp_path, what):
+    if what == "an empty folder":
+        (tmp_path / "asyncds").mkdir(0o700)
+    if what == "another format":
+        Cache(tmp_path).close()
+        (tmp_path / "asyncds" / "format.json").write_text('{"format": 7}')
+    with pytest.raises(CacheError):
+        Cache(tmp_path, read_only=True)
+
+
 # which objects are kept
 
 

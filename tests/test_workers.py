@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from multiprocessing import forkserver
@@ -708,3 +709,26 @@ def test_pickle_that_outlives_the_process_says_so(bucket):
     dataset = pickle.loads(run_script(script).stdout)
     with pytest.raises(ConfigurationError, match="the process that pickled this dataset is gone"):
         len(dataset)
+
+
+# a cache that is only read
+
+
+@pytest.mark.parametrize("method", [None, "fork", "spawn"])
+def test_epoch_over_a_cache_that_is_only_read(bucket, method):
+    with CachedS3MapDataset.from_prefix(PREFIX, transform=Plain()) as dataset:
+        dataset.__getitems__(range(0, len(dataset), 2))
+    bucket.reset_counts()
+    with (
+        warnings.catch_warnings(action="ignore"),
+        CachedS3MapDataset.from_prefix(PREFIX, transform=Plain(), cache_read_only=True) as dataset,
+    ):
+        workers = 0 if method is None else 2
+        loader = DataLoader(dataset, 10, num_workers=workers, multiprocessing_context=method)
+        assert torch.equal(torch.cat([*loader]), IN_ORDER)
+        stats = dataset.stats()
+        place = dataset._parts[0].source.counters.path
+    assert stats["samples"] == len(IN_ORDER)
+    assert bucket.stats.requests["GET"] == len(IN_ORDER) // 2 == stats["uncached"]
+    if method != "spawn":  # whose pickle may outlive the dataset, so that it stays until the process ends
+        assert not place.parent.parent.exists(), "what the run shared is gone with it"
