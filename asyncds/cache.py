@@ -81,8 +81,8 @@ class Cache:
 
     def __len__(self) -> int:
         """Number of rows in the index."""
-        ((count,),) = self._folder.query("SELECT value FROM Settings WHERE key = 'count'")
-        return int(count)
+        ((count,),) = self._folder.query("SELECT sum(CAST(value AS INTEGER)) FROM Settings WHERE key = 'count'")
+        return int(count or 0)
 
     @property
     def read_only(self) -> bool:
@@ -172,6 +172,7 @@ class Cache:
             return
         try:
             bad = "DELETE FROM Cache WHERE key = ? AND raw = 1 AND filename IS ? AND value IS ?"
+            self._folder.note_unlinking(row[0])
             with self._folder.transaction() as index:
                 gone = index.execute(bad, (key, *row)).rowcount
             if gone:

@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from asyncds.entry import FIRST_SEEN
-from asyncds.folder import Folder, publish, read
+from asyncds.folder import Folder, read
 
 __all__ = ["Clearing"]
 
@@ -34,7 +34,7 @@ class Clearing:
         if self._folder.read_only:
             return
         with contextlib.suppress(OSError):
-            publish(self._note(tag), json.dumps({"dataset": tag}) + "\n")
+            self._folder.publish(self._note(tag), json.dumps({"dataset": tag}) + "\n")
 
     def release(self, tag: str) -> None:
         """Undo one `hold`."""
@@ -107,6 +107,7 @@ class Clearing:
     def _drop(self, rows: Sequence[int]) -> int:
         """Remove rows, then their files, and return how many bytes that frees."""
         marks, before = ",".join("?" * len(rows)), self._folder.volume()
+        self._folder.note_writing()
         with self._folder.transaction() as index:
             files = index.execute(f"SELECT filename FROM Cache WHERE rowid IN ({marks})", rows).fetchall()
             index.execute(f"DELETE FROM Cache WHERE rowid IN ({marks})", rows)

@@ -33,7 +33,7 @@ from asyncds.index import DATABASE, FAULTS, FILE_NAME, Index, connect, is_damage
 from asyncds.locks import Locks
 from asyncds.mounts import network_filesystem
 
-__all__ = ["BLOCK", "FORMAT", "WRITING", "Folder", "publish", "read"]
+__all__ = ["BLOCK", "FORMAT", "WRITING", "Folder", "read"]
 
 FORMAT = 1
 BLOCK = 4096
@@ -42,8 +42,8 @@ WRITING = b"\0writing"
 _REPAIRING = b"\0repairing"
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by asyncds: may be deleted when no job runs.\n"
 _VOLUME = (
-    "SELECT value + (SELECT page_count * page_size FROM pragma_page_count, pragma_page_size) "
-    "FROM Settings WHERE key = 'size'"
+    "SELECT (SELECT page_count * page_size FROM pragma_page_count, pragma_page_size) "
+    "+ ifnull((SELECT CAST(value AS INTEGER) FROM Settings WHERE key = 'size'), 0)"
 )
 
 
@@ -88,8 +88,13 @@ class Folder:
             raise OSError(EROFS, os.strerror(EROFS))
         with self._writing:
             index = self._opened()
+            index.disk.doomed.clear()
             with index.transact():
                 yield index
+                for filename in index.disk.doomed:
+                    self.note_unlinking(filename)
+            for filename in index.disk.doomed:
+                self.unlink(filename)
 
     def volume(self) -> int:
         """Bytes on disk: the pages of the index, and files rounded up to blocks of 4 KiB."""
@@ -100,6 +105,11 @@ class Folder:
         """Bytes of the disk, in all and free."""
         disk = os.statvfs(self.objects)
         return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+
+    def note_unlinking(self, filename: object) -> None:
+        """Say that the file which a row names may be left behind, before the row is removed."""
+        if isinstance(filename, str) and FILE_NAME.fullmatch(filename):
+            self.note_writing()
 
     def unlink(self, filename: object) -> None:
         """Delete the file that a row named, after the row, if the name is one that rows have."""
@@ -172,9 +182,12 @@ class Folder:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._check_owner()
             self.directory.chmod(0o700)
+            _remove_links(self.directory)
             self._mark()
             for name in ("objects", "datasets", "locks", "manifests", "stats"):
                 (self.directory / name).mkdir(mode=0o700, exist_ok=True)
+            _remove_links(self.objects)
+            _remove_links(self.directory / "locks")
             if database.exists() and not is_trustworthy(database):
                 aside = self._set_aside()
             os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -191,6 +204,8 @@ class Folder:
     def _prepare_to_read(self, database: Path) -> None:
         """Use a folder as it is: it must be there, and of this format."""
         self._check_owner()
+        if database.is_symlink() or self.objects.is_symlink():
+            raise CacheError(f"{self.directory} holds links, which are not followed: set ASYNCDS_CACHE_DIR elsewhere")
         if self._made() != FORMAT or not is_trustworthy(database, read_only=True):
             raise CacheError(f"{self.directory} holds no cache that can be read: set ASYNCDS_CACHE_DIR elsewhere")
         self.read_only = True
@@ -223,8 +238,9 @@ class Folder:
             aside = self.directory / f"objects-of-format-{made}-{secrets.token_hex(4)}"
             self.objects.rename(aside)
             self.warn(f"the cache was of format {made}: it was moved to {aside}, which you may delete")
-        publish(self.directory / "CACHEDIR.TAG", _TAG)
-        publish(marker, json.dumps({"made by": "asyncds", "format": FORMAT}) + "\n")
+        (self.directory / "locks").mkdir(mode=0o700, exist_ok=True)
+        self.publish(self.directory / "CACHEDIR.TAG", _TAG)
+        self.publish(marker, json.dumps({"made by": "asyncds", "format": FORMAT}) + "\n")
 
     def _made(self) -> int | None:
         """The format in which the folder was made; None for a new one."""
@@ -233,7 +249,7 @@ class Folder:
             return int(json.loads(read(marker))["format"])
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, OSError):
+        except (ValueError, KeyError, TypeError, OverflowError, OSError):
             raise CacheError(f"{marker} is damaged: delete {self.directory}, or set ASYNCDS_CACHE_DIR") from None
 
     # who may leave something behind
@@ -242,6 +258,11 @@ class Folder:
     def dirty(self) -> Path:
         """The file that is there if somebody has written since the folder was last swept."""
         return self.directory / "locks" / "dirty"
+
+    @property
+    def sweeping(self) -> Path:
+        """The name of that file while, and after, a sweep that has not come to its end."""
+        return self.directory / "locks" / "sweeping"
 
     def note_writing(self) -> None:
         """Say, once per process, that it may leave files behind when it is killed."""
@@ -254,14 +275,27 @@ class Folder:
 
     def note_litter(self) -> None:
         """Let the next run sweep."""
-        os.close(os.open(self.dirty, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        flags = os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        os.close(os.open(self.dirty, flags, 0o600))
+
+    def publish(self, path: Path, text: str) -> None:
+        """Write a small private file, which appears whole."""
+        temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
+        self.files.take(temporary.name.encode())  # what is left by one who died is swept
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+                file.write(text)
+            temporary.replace(path)
+        finally:
+            self.files.release(temporary.name.encode())
 
     # faults
 
     def failed(self, what: str, error: Exception) -> None:
         """Count a fault; repair what can be repaired, or say once that the cache is bypassed."""
         self.faults += 1
-        if is_damage(error) and self.replace_index(only_if_open=True):
+        damaged = is_damage(error) and not self.read_only and os.access(self.objects / DATABASE, os.W_OK)
+        if damaged and self.replace_index(only_if_open=True):
             return
         reason = getattr(error, "strerror", None) or error
         self.say(
@@ -321,6 +355,15 @@ class Folder:
         warnings.warn_explicit(message, UserWarning, "asyncds", 1)  # no line of code has caused it
 
 
+def _remove_links(folder: Path) -> None:
+    """Remove what asyncds never puts there: links, that lead outside, and pipes, that keep one waiting."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(entry.path)
+
+
 def read(path: Path) -> str:
     """The text of a small regular file: what else lies in its place is not waited for."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -328,14 +371,6 @@ def read(path: Path) -> str:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError("no regular file")
         return file.read(1 << 16)
-
-
-def publish(path: Path, text: str) -> None:
-    """Write a small private file, which appears whole."""
-    temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
-        file.write(text)
-    temporary.replace(path)
 
 
 # SQLite keeps locks per process and must not be carried across a fork with a connection open: the child would believe

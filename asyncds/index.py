@@ -1,7 +1,6 @@
 """The index of a cache: diskcache, made to know bytes only, and trusted only where it is what diskcache makes."""
 
 import contextlib
-import os
 import re
 import sqlite3
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ __all__ = ["DATABASE", "FAULTS", "FILE_NAME", "Index", "connect", "is_damage", "
 
 DATABASE = diskcache.core.DBNAME
 FILE_NAME = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}\.obj")
-FAULTS = (OSError, sqlite3.Error, diskcache.Timeout)
+FAULTS = (OSError, sqlite3.Error, diskcache.Timeout, UnicodeDecodeError)  # the last: of names in a damaged schema
 _FILE_INDEX = "Cache_filename"
 _TABLES = {"Cache", "Settings", "Cache_key_raw", "Cache_expire_time", "sqlite_autoindex_Settings_1", _FILE_INDEX}
 _TRIGGER = re.compile(
@@ -25,6 +24,13 @@ _TRIGGER = re.compile(
     r" UPDATE Settings SET value = value [-+ .\w]+ WHERE key = \"(?:count|size)\"; END"
 )
 _DAMAGE = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR}  # the last: a table is not there
+_BROKEN = {
+    *_DAMAGE,
+    sqlite3.SQLITE_CONSTRAINT,
+    sqlite3.SQLITE_MISMATCH,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_FORMAT,
+}
 _SETTINGS = {
     "eviction_policy": "none",
     "cull_limit": 0,
@@ -38,6 +44,10 @@ _SETTINGS = {
 
 class _Disk(diskcache.Disk):  # type: ignore[misc]
     """Serialization for diskcache that knows bytes only: nothing is ever pickled or unpickled."""
+
+    def __init__(self, directory: str, **settings: Any) -> None:
+        super().__init__(directory, **settings)
+        self.doomed: list[object] = []
 
     def put(self, key: bytes) -> tuple[memoryview, bool]:
         return sqlite3.Binary(key), True
@@ -53,9 +63,7 @@ class _Disk(diskcache.Disk):  # type: ignore[misc]
         raise TypeError("values are read, and checked, by asyncds.cache.Cache only")
 
     def remove(self, file_path: object) -> None:
-        if isinstance(file_path, str) and FILE_NAME.fullmatch(file_path):
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self._directory, file_path))
+        self.doomed.append(file_path)  # diskcache would delete it before the transaction ends, in which its row goes
 
 
 class Index(diskcache.Cache):  # type: ignore[misc]
@@ -99,18 +107,24 @@ def is_trustworthy(path: Path, *, read_only: bool = False) -> bool:
     try:
         with contextlib.closing(connect(path, read_only=read_only)) as connection:
             schema = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
-            settings = connection.execute("SELECT key FROM Settings").fetchall() if schema else []
+            settings = connection.execute("SELECT key, value FROM Settings NOT INDEXED").fetchall() if schema else []
+    except UnicodeDecodeError:
+        return False
     except sqlite3.Error as error:
-        if error.sqlite_errorcode not in _DAMAGE:
+        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) not in _DAMAGE:
             raise
         return False
+    if not any(name == "Cache" for _, name, _ in schema) and any(dict(settings).get(n) for n in ("count", "size")):
+        return False  # it lost its table; one whose making was interrupted never counted anything
     known = {*diskcache.DEFAULT_SETTINGS, *diskcache.core.METADATA, *_SETTINGS}
-    return {key for (key,) in settings} <= known and all(
+    return {key for key, _ in settings} <= known and all(
         _TRIGGER.fullmatch(sql or "") if kind == "trigger" else kind in ("table", "index") and name in _TABLES
         for kind, name, sql in schema
     )
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether SQLite says that the database is none, or broken."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+    """Whether SQLite says that the database is none, or broken: all that it finds fault with is ours alone."""
+    if isinstance(error, UnicodeDecodeError):
+        return True
+    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 1) & 0xFF in _BROKEN

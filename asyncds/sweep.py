@@ -28,7 +28,8 @@ class Sweeper:
 
     def start_if_needed(self) -> None:
         """Begin to sweep in the background."""
-        if multiprocessing.parent_process() is None and self._folder.dirty.exists():
+        folder = self._folder
+        if multiprocessing.parent_process() is None and (folder.dirty.exists() or folder.sweeping.exists()):
             self._thread = threading.Thread(target=self._sweep_quietly, name="asyncds-sweeper", daemon=True)
             self._thread.start()
 
@@ -57,11 +58,14 @@ class Sweeper:
             return 0
         try:
             if folder.files.take(WRITING):  # nobody writes now: whoever does so later says so again
-                folder.dirty.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    folder.dirty.rename(folder.sweeping)
                 folder.files.release(WRITING)
             freed = sum(self._swept(place) for place in sorted(folder.objects.glob("[0-9a-f][0-9a-f]")))
-            if self._ending.is_set():
-                folder.note_litter()
+            for name in (".", "datasets"):
+                _sweep_notes(folder, folder.directory / name)
+            if not self._ending.is_set():
+                folder.sweeping.unlink(missing_ok=True)
             return freed
         except FAULTS as error:
             folder.failed("swept", error)
@@ -70,6 +74,8 @@ class Sweeper:
             folder.files.release(_SWEEPING)
 
     def _swept(self, place: Path) -> int:
+        if place.is_symlink():
+            return 0
         with os.scandir(place) as entries:
             names = [f"{place.name}/{entry.name}" for entry in entries if entry.is_file(follow_symlinks=False)]
         freed = 0
@@ -89,6 +95,15 @@ class Sweeper:
                 path.unlink()
                 return -(-size // BLOCK) * BLOCK
         return 0
+
+
+def _sweep_notes(folder: Folder, place: Path) -> None:
+    """Delete small files that somebody began to publish, and who is not there any more."""
+    for path in place.glob("*.tmp"):
+        if folder.files.take(path.name.encode()):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            folder.files.release(path.name.encode())
 
 
 def is_litter(folder: Folder, name: str) -> bool:
