@@ -35,6 +35,7 @@ test-oldest: $(OLDEST)/.test
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/epochs.py
 	$(BIN)/python tests/benchmarks/memory.py
+	$(BIN)/python tests/benchmarks/cache.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST)
