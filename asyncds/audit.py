@@ -138,4 +138,7 @@ def fix(folder: Folder, problems: Mapping[str, Sequence[str]]) -> None:
     for text in problems.get("permissions", ()):
         path = text.rpartition(":")[0]
         with contextlib.suppress(OSError):
-            os.chmod(path, 0o700 if os.path.isdir(path) else 0o600)
+            if os.path.isdir(path):
+                os.chmod(path, 0o700)
+            elif os.lstat(path).st_nlink == 1:  # another name of it may lie outside
+                os.chmod(path, 0o600)

@@ -20,8 +20,9 @@ FAULTS = (OSError, sqlite3.Error, diskcache.Timeout, UnicodeDecodeError)  # the 
 _FILE_INDEX = "Cache_filename"
 _TABLES = {"Cache", "Settings", "Cache_key_raw", "Cache_expire_time", "sqlite_autoindex_Settings_1", _FILE_INDEX}
 _TRIGGER = re.compile(
-    r"CREATE TRIGGER Settings_\w+ AFTER (?:INSERT|UPDATE|DELETE) ON Cache FOR EACH ROW BEGIN"
-    r" UPDATE Settings SET value = value [-+ .\w]+ WHERE key = \"(?:count|size)\"; END"
+    r"CREATE TRIGGER Settings_(?:count|size)_(?:insert|update|delete) AFTER (?:INSERT|UPDATE|DELETE) ON Cache"
+    r" FOR EACH ROW BEGIN UPDATE Settings SET value = value (?:[-+] 1|\+ NEW\.size(?: - OLD\.size)?|- OLD\.size)"
+    r" WHERE key = \"(?:count|size)\"; END"
 )
 _DAMAGE = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR}  # the last: a table is not there
 _BROKEN = {

@@ -12,7 +12,7 @@ the next run, or the same one where the table says so, reads them again. Each sa
 
 The worst of all that a fault brings about counts; a dash means that a fault has nothing there to act on. Peers clash in
 what they pin, so each gets an environment, made with venv and pip and used again by the next run; one that cannot be
-installed is left out. Prints a Markdown table. Linux only.
+installed is left out. Takes a quarter of an hour. Prints a Markdown table. Linux only.
 """
 
 import argparse
