@@ -12,7 +12,8 @@ import torch
 
 from asyncds import demo
 from asyncds.demo import bucket, per_sample
-from asyncds.errors import ConfigurationError, EndpointUnreachable
+from asyncds.errors import ConfigurationError, EndpointUnreachable, StoreError
+from asyncds.testing import local_s3
 
 TRAIN, TEST = 1437, 360
 EPOCH = re.compile(
@@ -79,6 +80,15 @@ def test_images_of_the_user_are_not_mixed_with(s3):
     with pytest.raises(ConfigurationError, match=r"s3://mnist/train/5/mine\.png .* use another server"):
         demo.run(endpoint=s3.endpoint)
     assert s3.stats.requests["PUT"] == 0
+
+
+@pytest.mark.timeout(30)
+def test_an_upload_that_the_server_refuses_ends_with_its_reason():
+    """And it does not wait for the server's leave to send a body, which a refusal never brings."""
+    with local_s3("rclone") as server:
+        login = bucket.Login(server.endpoint, (server.access_key, server.secret_key))
+        with pytest.raises(StoreError, match=r"uploading to s3://mnist: 400 InvalidArgument .*train//1\.png"):
+            bucket.upload(login, {"train/0.png": b"0", "train//1.png": b"1"})
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ async def _put_missing(login: Login, images: Mapping[str, bytes], advance: Advan
     slots = asyncio.Semaphore(_UPLOADS)
     try:
         async with _client(login) as client:
+            client.meta.events.register_last("before-call.s3", _send_at_once)
             present = await _present(client, images, login.endpoint)
             missing = [
                 key for key, body in images.items() if present.get(key) != md5(body, usedforsecurity=False).hexdigest()
@@ -105,10 +106,15 @@ def _client(login: Login) -> Any:
     config = AioConfig(
         max_pool_connections=_UPLOADS,
         connect_timeout=_CONNECT_S,
-        retries={"total_max_attempts": 3},
+        retries={"total_max_attempts": 5},
         s3={"addressing_style": "path"},
     )
     return login().create_client("s3", endpoint_url=login.endpoint, region_name=login.region, config=config)
+
+
+def _send_at_once(params: dict[str, Any], **_: Any) -> None:
+    """Do without botocore's `Expect: 100-continue`: aiohttp waits for ever if an error is what comes instead of it."""
+    params["headers"].pop("Expect", None)
 
 
 async def _put(client: Any, key: str, body: bytes, slots: asyncio.Semaphore, advance: Advance) -> None:
