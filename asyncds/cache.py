@@ -34,9 +34,12 @@ __all__ = ["Cache", "LargeEntry", "largest_that_fits"]
 INLINE_LIMIT = 32 << 10
 _FREE_FLOOR = 0.05
 _VARIABLES_PER_QUERY = 500
+_READ_ONLY = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NO_FILE_OF_OURS = {ENOENT, ELOOP, EISDIR, ENOTDIR, ENXIO}
 _HEADERS, _ROW = 120, 200  # bytes that a value and its row take beside the body, about
 _SLACK = 0.01  # of the limit, made free beyond what is needed, so that room is not made for each batch
+
+_Row = tuple[bytes, str | None, bytes | None]  # key, and file name or value
 
 
 class Cache:
@@ -68,6 +71,7 @@ class Cache:
         self.full = False
         self._limit = limit
         self._folder = Folder(self.directory, notices, read_only=read_only)
+        self._objects = os.fspath(self._folder.objects)  # joining a Path takes as long as opening the file
         self._clearing = Clearing(self._folder)
         self._sweeper = Sweeper(self._folder)
         if not self.read_only:
@@ -109,7 +113,7 @@ class Cache:
         """Return what is cached under these keys (`entry_key`), in their order, with one query; None is a miss."""
         try:
             rows = self._select(keys)
-            return [self._checked(key, rows[key]) if key in rows else None for key in keys]
+            return [self._checked(rows[key]) if key in rows else None for key in keys]
         except FAULTS as error:
             self._folder.failed("read", error)
             return [None] * len(keys)
@@ -127,19 +131,19 @@ class Cache:
             self._folder.failed("read", error)
             return set()
 
-    def _select(self, keys: Sequence[bytes], *, values: bool = True) -> dict[bytes, tuple[str | None, bytes | None]]:
-        rows: dict[bytes, tuple[str | None, bytes | None]] = {}
+    def _select(self, keys: Sequence[bytes], *, values: bool = True) -> dict[bytes, _Row]:
         columns = "key, filename, value" if values else "key, NULL, NULL"
+        rows: dict[bytes, _Row] = {}
         for start in range(0, len(keys), _VARIABLES_PER_QUERY):
             some = keys[start : start + _VARIABLES_PER_QUERY]
             query = f"SELECT {columns} FROM Cache WHERE raw = 1 AND key IN ({','.join('?' * len(some))})"
-            rows.update((key, (filename, value)) for key, filename, value in self._folder.query(query, *some))
+            rows |= {row[0]: row for row in self._folder.query(query, *some)}
         return rows
 
-    def _checked(self, key: bytes, row: tuple[str | None, bytes | None]) -> Entry | None:
+    def _checked(self, row: _Row) -> Entry | None:
         """The entry of a row, or None after what fails a check was removed."""
         try:
-            entry = self._read(key, row)
+            entry = self._read(row)
         except OSError as error:
             if error.errno not in _NO_FILE_OF_OURS:
                 self._folder.failed("read", error)
@@ -147,11 +151,11 @@ class Cache:
             entry = None
         if entry is None:
             self.damaged += 1
-            self._discard(key, row)
+            self._discard(row)
         return entry
 
-    def _read(self, key: bytes, row: tuple[str | None, bytes | None]) -> Entry | None:
-        filename, value = row
+    def _read(self, row: _Row) -> Entry | None:
+        key, filename, value = row
         if filename is not None:
             return self._file(key, filename)
         return unpack(key, value) if isinstance(value, bytes) else None
@@ -159,24 +163,25 @@ class Cache:
     def _file(self, key: bytes, filename: str) -> Entry | None:
         if not isinstance(filename, str) or not FILE_NAME.fullmatch(filename):
             return None
-        descriptor = os.open(
-            self._folder.objects / filename, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        )
-        with open(descriptor, "rb", buffering=0) as file:
+        descriptor = os.open(f"{self._objects}/{filename}", _READ_ONLY)
+        try:
             status = os.fstat(descriptor)
-            return read_entry(key, file, status.st_size, descriptor) if stat.S_ISREG(status.st_mode) else None
+            return read_entry(key, descriptor, status.st_size) if stat.S_ISREG(status.st_mode) else None
+        finally:
+            os.close(descriptor)
 
-    def _discard(self, key: bytes, row: tuple[object, object]) -> None:
+    def _discard(self, row: _Row) -> None:
         """Remove a bad row, unless another process has replaced it meanwhile, and its file."""
+        filename = row[1]
         if self.read_only:
             return
         try:
             bad = "DELETE FROM Cache WHERE key = ? AND raw = 1 AND filename IS ? AND value IS ?"
-            self._folder.note_unlinking(row[0])
+            self._folder.note_unlinking(filename)
             with self._folder.transaction() as index:
-                gone = index.execute(bad, (key, *row)).rowcount
+                gone = index.execute(bad, row).rowcount
             if gone:
-                self._folder.unlink(row[0])
+                self._folder.unlink(filename)
         except FAULTS as error:
             self._folder.failed("written", error)
 
@@ -191,40 +196,40 @@ class Cache:
             self.full = True
             self._warn_if_full()
             return 0
+        keys = [entry_key(entry.object, entry.etag) for entry in entries]
         try:
-            present = self._select([entry_key(entry.object, entry.etag) for entry in entries], values=False)
-            written = self._written([e for e in entries if entry_key(e.object, e.etag) not in present], tag)
+            present = self._select(keys, values=False)
+            missing = {key: entry for key, entry in zip(keys, entries, strict=True) if key not in present}
+            written = self._written(missing, tag)
             noted = [(e.object + FIRST_SEEN, e.etag) for e in entries if e.first_seen]
             notes = [(key, Written(0, None, pack_header(key, etag, b""))) for key, etag in noted]
             if written or notes:
                 self.commit([*written, *notes], tag)
             self._warn_if_full()
             kept = present.keys() | {key for key, _ in written}
-            return sum(entry_key(entry.object, entry.etag) in kept for entry in entries)
+            return sum(key in kept for key in keys)
         except FAULTS as error:
             self._folder.failed("written", error)
             return 0
 
-    def _written(self, entries: Sequence[NewEntry], tag: str) -> list[tuple[bytes, Written]]:
+    def _written(self, entries: dict[bytes, NewEntry], tag: str) -> list[tuple[bytes, Written]]:
         """Rows for the entries that fit, their files written; a disk that fails ends it with those that were."""
-        room, rows = self._room(), dict[bytes, Written]()
-        needed = sum(_on_disk(len(entry.body)) for entry in entries)
+        room, rows = self._room(), list[tuple[bytes, Written]]()
+        needed = sum(_on_disk(len(entry.body)) for entry in entries.values())
         if room < needed <= (self.capacity or needed):
             room += self._make_room(needed - room, tag)
-        for entry in entries:
-            key, size = entry_key(entry.object, entry.etag), _on_disk(len(entry.body))
-            if key in rows:
-                continue
+        for key, entry in entries.items():
+            size = _on_disk(len(entry.body))
             if size > room:
                 self.full = True
                 continue
             try:
-                rows[key] = self._write(key, entry)
+                rows.append((key, self._write(key, entry)))
             except OSError as error:
                 self._folder.failed("written", error)
                 break
             room -= size
-        return list(rows.items())
+        return rows
 
     def room(self) -> int:
         """Bytes that may still be added; not above 0 where the cache is full, or does not work."""
@@ -299,7 +304,7 @@ class Cache:
         """Whether the value under this key, if there still is one, passes its check. Nothing is removed."""
         row = self._select([key]).get(key)
         try:
-            return row is None or self._read(key, row) is not None
+            return row is None or self._read(row) is not None
         except OSError as error:
             if error.errno not in _NO_FILE_OF_OURS:
                 raise
@@ -356,8 +361,7 @@ class Cache:
         """Let rows name what is written, with one transaction; used by those who write it."""
         try:
             with self._folder.transaction() as index:
-                for key, value in written:
-                    index.set(key, value, tag=tag)
+                index.add(written, tag)
         except BaseException:
             for _, value in written:
                 if value.file is not None:

@@ -1,9 +1,9 @@
 """What a cached value looks like: who it is, what it should be, and then its bytes."""
 
-import io
+import os
 import struct
 from hashlib import blake2b
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import xxhash
 
@@ -29,13 +29,9 @@ FIRST_SEEN = bytes(16)
 # ETag, a checksum of all that came before, and the body. Integers are little-endian, checksums XXH3 with 64 bits.
 _HEADER = struct.Struct("<4sIQ32sQ")
 _MAGIC = b"ads\x01"
+_TEXT_LENGTH = struct.Struct("<I")
 _CHECKSUM = struct.Struct("<Q")
-
-
-class Readable(Protocol):
-    """A file to read from."""
-
-    def read(self, size: int, /) -> bytes: ...
+_PEEK = 512  # bytes in which the head of a value ends, as a rule
 
 
 class Entry(NamedTuple):
@@ -79,33 +75,50 @@ def pack_header_of(key: bytes, etag: str, length: int, checksum: int) -> bytes:
 
 def unpack(key: bytes, value: bytes) -> Entry | None:
     """The entry in a value, or None if it is not the one asked for, or not exactly as it was written."""
-    return read_entry(key, io.BytesIO(value), len(value))
+    head = _parse(key, value, len(value))
+    if head is None:
+        return None
+    etag, start, checksum = head
+    body = value[start:]
+    return Entry(etag, body) if xxhash.xxh3_64_intdigest(body) == checksum else None
 
 
-def read_entry(key: bytes, file: Readable, size: int, descriptor: int | None = None) -> Entry | None:
-    """As `unpack`, from a file of so many bytes. The body is read by itself: none is held twice.
+def read_entry(key: bytes, descriptor: int, size: int) -> Entry | None:
+    """As `unpack`, from a file of so many bytes. The body is read by itself, so that it is never held twice.
 
-    One above 16 MiB is not read into memory if the `descriptor` of the file is given: it is checked, and stays there.
+    One above 16 MiB is not read into memory: it is checked, and stays in the file.
     """
-    start = file.read(_HEADER.size)
+    start = os.pread(descriptor, _PEEK, 0)
+    if len(start) == _PEEK < (end := _body_begins(start)) <= size:
+        start = os.pread(descriptor, end, 0)
+    head = _parse(key, start, size)
+    if head is None:
+        return None
+    etag, begin, checksum = head
+    if size - begin > LARGE:
+        stored = StoredBody(descriptor, begin, size - begin)
+        return Entry(etag, stored) if digest_of(stored) == checksum else None
+    body = os.pread(descriptor, size - begin, begin)
+    # The checksum of what was cut off meanwhile is another one.
+    return Entry(etag, body) if xxhash.xxh3_64_intdigest(body) == checksum else None
+
+
+def _body_begins(start: bytes) -> int:
+    return _HEADER.size + _TEXT_LENGTH.unpack_from(start, len(_MAGIC))[0] + _CHECKSUM.size  # type: ignore[no-any-return]
+
+
+def _parse(key: bytes, start: bytes, size: int) -> tuple[str, int, int] | None:
+    """The ETag, where the body begins, and its checksum, in a value of so many bytes of which these are the first."""
     if len(start) < _HEADER.size:
         return None
-    magic, text_length, length, name, checksum = _HEADER.unpack(start)
-    if magic != _MAGIC or name != key or size != _HEADER.size + text_length + _CHECKSUM.size + length:
+    magic, text_length, length, name, checksum = _HEADER.unpack_from(start)
+    text_ends = _HEADER.size + text_length
+    begin = text_ends + _CHECKSUM.size
+    if magic != _MAGIC or name != key or size != begin + length or len(start) < begin:
         return None
-    text = file.read(text_length)
-    if file.read(_CHECKSUM.size) != _CHECKSUM.pack(xxhash.xxh3_64_intdigest(start + text)):
-        return None
-    if descriptor is not None and length > LARGE:
-        stored = StoredBody(descriptor, size - length, length)
-        body: bytes | StoredBody = stored
-        found = digest_of(stored)
-    else:
-        body = file.read(length)
-        found = xxhash.xxh3_64_intdigest(body)
-    if len(body) != length or found != checksum:
+    if _CHECKSUM.unpack_from(start, text_ends)[0] != xxhash.xxh3_64_intdigest(start[:text_ends]):
         return None
     try:
-        return Entry(decode(text), body)
+        return decode(start[_HEADER.size : text_ends]), begin, checksum
     except UnicodeDecodeError:
         return None

@@ -10,26 +10,41 @@ from asyncds.folder import Folder
 __all__ = ["NewFile", "Written"]
 
 
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+
 class NewFile:
-    """A file on its way into the cache. Ends with `settle` or `abandon`; who dies between leaves litter to a sweep."""
+    """A file on its way into the cache. Ends with `settle` or `abandon`; who dies between leaves litter to a sweep.
+
+    `named` says whether the index has given it a row.
+    """
 
     def __init__(self, folder: Folder) -> None:
         name = secrets.token_hex(16)
         self.filename = f"{name[:2]}/{name[2:]}.obj"
+        self.named = False
         self._folder = folder
-        self._path = folder.objects / self.filename
-        self._temporary = self._path.with_suffix(".tmp")
+        # Strings, because paths would take as long as what is done with them.
+        self._directory = f"{folder.objects}/{name[:2]}"
+        self._path = f"{folder.objects}/{self.filename}"
+        self._temporary = f"{self._directory}/{name[2:]}.tmp"
         self._settled = False
         self.descriptor = -1
         folder.files.take(self.filename.encode())
         try:
             folder.note_writing()
-            with contextlib.suppress(FileExistsError):
-                self._path.parent.mkdir(mode=0o700)
-            self.descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self.descriptor = self._open()
         except BaseException:
             self.abandon()
             raise
+
+    def _open(self) -> int:
+        try:
+            return os.open(self._temporary, _CREATE, 0o600)
+        except FileNotFoundError:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self._directory, 0o700)
+            return os.open(self._temporary, _CREATE, 0o600)
 
     def write(self, position: int, data: bytes) -> None:
         """Write these bytes there."""
@@ -41,10 +56,13 @@ class NewFile:
     def publish(self) -> None:
         """Give it its name. It is whole now."""
         self._close()
-        self._temporary.rename(self._path)
+        os.rename(self._temporary, self._path)
 
     def settle(self) -> None:
-        """A row names it now."""
+        """The transaction is over: a row names it, or another file is there for the same value, and this one goes."""
+        if not self.named:
+            self.abandon()
+            return
         self._settled = True
         self._folder.files.release(self.filename.encode())
 
@@ -55,8 +73,9 @@ class NewFile:
             return
         for path in (self._temporary, self._path):
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-        self.settle()
+                os.unlink(path)
+        self._settled = True
+        self._folder.files.release(self.filename.encode())
 
     def _close(self) -> None:
         if self.descriptor >= 0:

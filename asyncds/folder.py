@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncds.errors import CacheError
-from asyncds.index import DATABASE, FAULTS, FILE_NAME, Index, connect, is_damage, is_trustworthy
+from asyncds.index import DATABASE, FAULTS, FILE_NAME, Index, connect, is_damage, is_made, is_trustworthy
 from asyncds.locks import Locks
 from asyncds.mounts import network_filesystem
 
@@ -124,7 +124,7 @@ class Folder:
             self._reader.close()
             self._reader = None
         if self._reader is None:
-            if not self.read_only:
+            if not self.read_only and not is_made(self.objects / DATABASE):
                 with self._writing:
                     self._opened()
             self._reads = self._identity()

@@ -276,5 +276,6 @@ def test_smallest_objects_are_kept_if_asked_for(s3_process, warmed):
                 s3_process.reset_counts()
                 assert [len(sample) for sample in dataset] == sizes
             gets[admit] = s3_process.stats.requests["GET"]
-            assert dataset._parts[0].source.cache.volume() <= half * 1.05
+            # What rows will take in SQLite's pages is estimated, and here all of them come in one batch.
+            assert dataset._parts[0].source.cache.volume() <= half * 1.1
     assert gets["smallest"] < 0.35 * 300 < 0.42 * 300 < gets["first"], "79 % and 50 % hits are what theory says"
