@@ -72,6 +72,7 @@ class Cache:
         self._limit = limit
         self._folder = Folder(self.directory, notices, read_only=read_only)
         self._objects = os.fspath(self._folder.objects)  # joining a Path takes as long as opening the file
+        self._coming = set[LargeEntry]()  # what has room already, and is not yet in the accounting
         self._clearing = Clearing(self._folder)
         self._sweeper = Sweeper(self._folder)
         if not self.read_only:
@@ -97,6 +98,11 @@ class Cache:
     def faults(self) -> int:
         """How often the disk or the index failed in this process."""
         return self._folder.faults
+
+    @property
+    def first_fault(self) -> str | None:
+        """What failed first, and what to do about it."""
+        return self._folder.first_fault
 
     def volume(self) -> int:
         """Bytes on disk: the pages of the index, and files rounded up to blocks of 4 KiB."""
@@ -150,8 +156,7 @@ class Cache:
                 return None
             entry = None
         if entry is None:
-            self.damaged += 1
-            self._discard(row)
+            self.damaged += self._discard(row)
         return entry
 
     def _read(self, row: _Row) -> Entry | None:
@@ -170,11 +175,11 @@ class Cache:
         finally:
             os.close(descriptor)
 
-    def _discard(self, row: _Row) -> None:
-        """Remove a bad row, unless another process has replaced it meanwhile, and its file."""
+    def _discard(self, row: _Row) -> bool:
+        """Remove a bad row and its file; tell whether it was bad, not just removed or replaced by others meanwhile."""
         filename = row[1]
         if self.read_only:
-            return
+            return True
         try:
             bad = "DELETE FROM Cache WHERE key = ? AND raw = 1 AND filename IS ? AND value IS ?"
             self._folder.note_unlinking(filename)
@@ -182,8 +187,10 @@ class Cache:
                 gone = index.execute(bad, row).rowcount
             if gone:
                 self._folder.unlink(filename)
+            return bool(gone)
         except FAULTS as error:
             self._folder.failed("written", error)
+            return True
 
     # writing
 
@@ -244,8 +251,8 @@ class Cache:
             return 0
         total, free = self._folder.disk()
         spare = int(free - total * _FREE_FLOOR)
-        limit = self.capacity
-        return spare if limit is None else min(spare, limit - self.volume())
+        limit, coming = self.capacity, sum(entry.size for entry in list(self._coming))
+        return (spare if limit is None else min(spare, limit - self.volume())) - coming
 
     @property
     def capacity(self) -> int | None:
@@ -346,12 +353,18 @@ class Cache:
             if room < size <= (self.capacity or size):
                 room += self._make_room(size - room, tag)
             if size <= room:
-                return LargeEntry(self, NewFile(self._folder), NewEntry(object, etag, b""), size, tag)
+                large = LargeEntry(self, NewFile(self._folder), NewEntry(object, etag, b""), size, tag)
+                self._coming.add(large)
+                return large
             self.full = True
             self._warn_if_full()
         except FAULTS as error:
             self._folder.failed("written", error)
         return None
+
+    def arrived(self, large: "LargeEntry") -> None:
+        """It is accounted for, or gone: what was kept free for it is no longer."""
+        self._coming.discard(large)
 
     def failed(self, what: str, error: Exception) -> None:
         """Count a fault of the disk that somebody else has met, and say so once."""
@@ -413,7 +426,7 @@ class LargeEntry:
         self._file = file
         self._entry = entry
         self._key = entry_key(entry.object, entry.etag)
-        self._size = size
+        self.size = size
         self._tag = tag
         self._start = len(pack_header_of(self._key, entry.etag, size, 0))
 
@@ -423,17 +436,19 @@ class LargeEntry:
 
     def finish(self, *, first_seen: bool = False) -> StoredBody:
         """Store it, now that all parts are written, and return its body. Raises what disk and index raise."""
-        body = StoredBody(self._file.descriptor, self._start, self._size)
-        header = pack_header_of(self._key, self._entry.etag, self._size, digest_of(body))
+        body = StoredBody(self._file.descriptor, self._start, self.size)
+        header = pack_header_of(self._key, self._entry.etag, self.size, digest_of(body))
         self._file.write(0, header)
         self._file.publish()
-        rows = [(self._key, Written(_blocks(len(header) + self._size), self._file, None))]
+        rows = [(self._key, Written(_blocks(len(header) + self.size), self._file, None))]
         if first_seen:
             note = self._entry.object + FIRST_SEEN
             rows.append((note, Written(0, None, pack_header(note, self._entry.etag, b""))))
         self._cache.commit(rows, self._tag)
+        self._cache.arrived(self)
         return body
 
     def abandon(self) -> None:
         """Forget what was written."""
         self._file.abandon()
+        self._cache.arrived(self)

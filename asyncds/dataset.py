@@ -455,3 +455,4 @@ class _Batch:
             blocked_s=self._blocked,
             transform_s=self._transforming,
         )
+        self._part.source.insist()

@@ -10,6 +10,7 @@ from asyncds.folder import Folder
 __all__ = ["NewFile", "Written"]
 
 
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
@@ -25,26 +26,28 @@ class NewFile:
         self.named = False
         self._folder = folder
         # Strings, because paths would take as long as what is done with them.
-        self._directory = f"{folder.objects}/{name[:2]}"
-        self._path = f"{folder.objects}/{self.filename}"
-        self._temporary = f"{self._directory}/{name[2:]}.tmp"
+        self._place = f"{folder.objects}/{name[:2]}"
+        self._name, self._temporary = f"{name[2:]}.obj", f"{name[2:]}.tmp"
         self._settled = False
+        self._directory = -1
         self.descriptor = -1
         folder.files.take(self.filename.encode())
         try:
             folder.note_writing()
-            self.descriptor = self._open()
+            self._directory = self._opened_place()
+            self.descriptor = os.open(self._temporary, _CREATE, 0o600, dir_fd=self._directory)
         except BaseException:
             self.abandon()
             raise
 
-    def _open(self) -> int:
+    def _opened_place(self) -> int:
+        """The directory, made if need be; what is written must not go where a link leads."""
         try:
-            return os.open(self._temporary, _CREATE, 0o600)
+            return os.open(self._place, _DIRECTORY)
         except FileNotFoundError:
             with contextlib.suppress(FileExistsError):
-                os.mkdir(self._directory, 0o700)
-            return os.open(self._temporary, _CREATE, 0o600)
+                os.mkdir(self._place, 0o700)
+            return os.open(self._place, _DIRECTORY)
 
     def write(self, position: int, data: bytes) -> None:
         """Write these bytes there."""
@@ -55,8 +58,8 @@ class NewFile:
 
     def publish(self) -> None:
         """Give it its name. It is whole now."""
+        os.rename(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         self._close()
-        os.rename(self._temporary, self._path)
 
     def settle(self) -> None:
         """The transaction is over: a row names it, or another file is there for the same value, and this one goes."""
@@ -71,16 +74,16 @@ class NewFile:
         self._close()
         if self._settled:
             return
-        for path in (self._temporary, self._path):
+        for name in (self._temporary, self._name):
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                os.unlink(f"{self._place}/{name}")
         self._settled = True
         self._folder.files.release(self.filename.encode())
 
     def _close(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        for descriptor in {self.descriptor, self._directory} - {-1}:
+            os.close(descriptor)
+        self.descriptor = self._directory = -1
 
 
 class Written(NamedTuple):

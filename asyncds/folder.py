@@ -60,6 +60,7 @@ class Folder:
         self.read_only = read_only
         self.objects = directory / "objects"
         self.faults = 0
+        self.first_fault: str | None = None
         self.datasets, self.files, self.claims = (
             Locks.at(directory / "locks" / name) for name in ("datasets", "files", "claims")
         )
@@ -182,7 +183,9 @@ class Folder:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._check_owner()
             self.directory.chmod(0o700)
-            _remove_links(self.directory)
+            for name in _remove_links(self.directory):
+                what = f"{self.directory / name} was a link or a pipe, and was removed"
+                self.warn(f"{what}: to have the cache elsewhere, set ASYNCDS_CACHE_DIR")
             self._mark()
             for name in ("objects", "datasets", "locks", "manifests", "stats"):
                 (self.directory / name).mkdir(mode=0o700, exist_ok=True)
@@ -294,15 +297,13 @@ class Folder:
     def failed(self, what: str, error: Exception) -> None:
         """Count a fault; repair what can be repaired, or say once that the cache is bypassed."""
         self.faults += 1
+        reason = getattr(error, "strerror", None) or error
+        fault = f"the cache in {self.directory} cannot be {what} ({reason})"
+        self.first_fault = self.first_fault or f"{fault}: free the disk, or set ASYNCDS_CACHE_DIR"
         damaged = is_damage(error) and not self.read_only and os.access(self.objects / DATABASE, os.W_OK)
         if damaged and self.replace_index(only_if_open=True):
             return
-        reason = getattr(error, "strerror", None) or error
-        self.say(
-            "fault",
-            f"the cache in {self.directory} cannot be {what} ({reason}): objects come straight from the store; "
-            "free the disk, or set ASYNCDS_CACHE_DIR",
-        )
+        self.say("fault", f"{fault}: objects come straight from the store; free the disk, or set ASYNCDS_CACHE_DIR")
 
     def replace_index(self, *, only_if_open: bool = False) -> bool:
         """Set the index aside and begin with an empty one; tell whether that was done. One process does so, once."""
@@ -355,13 +356,14 @@ class Folder:
         warnings.warn_explicit(message, UserWarning, "asyncds", 1)  # no line of code has caused it
 
 
-def _remove_links(folder: Path) -> None:
-    """Remove what asyncds never puts there: links, that lead outside, and pipes, that keep one waiting."""
+def _remove_links(folder: Path) -> list[str]:
+    """Remove what asyncds never puts there: links, that lead outside, and pipes, that keep one waiting. Name them."""
     with os.scandir(folder) as entries:
-        for entry in entries:
-            if not (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(entry.path)
+        foreign = [e.name for e in entries if not (e.is_dir(follow_symlinks=False) or e.is_file(follow_symlinks=False))]
+    for name in foreign:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(folder / name)
+    return foreign
 
 
 def read(path: Path) -> str:

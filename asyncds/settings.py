@@ -85,6 +85,7 @@ class Options(TypedDict):
     cache_size: NotRequired[int | float | str | None]
     cache_read_only: NotRequired[bool]
     admit: NotRequired[Literal["first", "smallest"]]
+    strict: NotRequired[bool]
     timeout: NotRequired[float]
     deadline: NotRequired[float]
     first_contact: NotRequired[float]
@@ -120,6 +121,7 @@ class Settings(BaseSettings):
     admit: Literal["first", "smallest"] = Field(
         "first", description="which objects a cache that is too small keeps: those that come first, or the smallest"
     )
+    strict: bool = Field(False, description="raise where the cache fails, instead of going on without it")
     timeout: float = Field(10.0, gt=0, le=3600, description="seconds without progress that end an attempt")
     deadline: float = Field(60.0, gt=0, le=86400, description="seconds for one object, with its retries")
     first_contact: float = Field(5.0, gt=0, le=3600, description="seconds for an endpoint to answer for the first time")

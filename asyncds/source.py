@@ -21,7 +21,7 @@ from uuid import uuid4
 from asyncds.cache import Cache, largest_that_fits
 from asyncds.download import Memory
 from asyncds.entry import object_id
-from asyncds.errors import DatasetClosed
+from asyncds.errors import CacheError, DatasetClosed
 from asyncds.fetcher import Fetched, Fetcher, lookup, resident
 from asyncds.listing import Labeller, Table, list_prefix
 from asyncds.manifest import KeyFilter, Manifest, ObjectInfo, parse_uri
@@ -311,7 +311,14 @@ class Source:
         """Look up a batch in the cache, in the calling thread; see `fetcher.lookup`."""
         if self._closed:
             raise DatasetClosed(f"{self._uri}: the dataset was closed; make a new one")
-        return lookup(self.cache, self.endpoint, infos)
+        found = lookup(self.cache, self.endpoint, infos)
+        self.insist()
+        return found
+
+    def insist(self) -> None:
+        """Raise `CacheError` if the cache has failed in this process, and `strict` does not let it go at that."""
+        if self.settings.strict and self.cache.first_fault is not None:
+            raise CacheError(self.cache.first_fault)
 
     def request(self, infos: Sequence[ObjectInfo]) -> Arrivals:
         """Start to download a batch, or join what is under way, and return what to wait on."""
@@ -332,7 +339,9 @@ class Source:
         admits(0)
         missing = Missing(self.cache, self.endpoint, manifest, admits)
         with progress_bar(f"warming {self._uri}", len(manifest), show=progress) as advance:
-            return runtime.portal.call(warm(runtime.fetcher, missing, self.counters, advance))
+            report = runtime.portal.call(warm(runtime.fetcher, missing, self.counters, advance))
+        self.insist()
+        return report
 
     def refresh(self) -> None:
         """Forget which versions of unlisted objects were seen first, so that the next read takes what is there now."""

@@ -508,8 +508,8 @@ def test_what_a_killed_process_stored_is_there(cache, child):
 def die_before_the_row_is_there(directory):
     real = os.rename
 
-    def rename(*arguments):
-        real(*arguments)
+    def rename(*arguments, **places):
+        real(*arguments, **places)
         os.kill(os.getpid(), signal.SIGKILL)
 
     os.rename = rename
@@ -784,6 +784,53 @@ def test_audit_reports_what_is_foreign_and_leaves_it_alone(cache, tmp_path):
     assert (tmp_path / "outside").read_bytes() == b"outside"
     for path in [*foreign, link]:
         path.unlink()
+
+
+def test_folder_that_became_a_link_while_the_cache_is_open_is_not_written_through(cache, tmp_path):
+    entries, keys = stored(cache, b"b" * BIG)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for number in range(256):
+        shutil.rmtree(cache.directory / "objects" / f"{number:02x}", ignore_errors=True)
+        (cache.directory / "objects" / f"{number:02x}").symlink_to(outside)
+    assert cache.get_many(keys) == [None]
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert cache.put_many(entries) == 0
+    assert list(outside.iterdir()) == []
+    assert len(cache.check()["foreign"]) == 256
+    Cache(cache.directory.parent).close()  # whoever opens it removes them
+
+
+def test_linked_folder_is_not_followed_and_its_removal_is_told(tmp_path):
+    (tmp_path / "asyncds").mkdir(mode=0o700)
+    (tmp_path / "larger disk").mkdir()
+    (tmp_path / "asyncds" / "objects").symlink_to(tmp_path / "larger disk")
+    with pytest.warns(UserWarning, match=r"objects was a link .* removed: to have .* set ASYNCDS_CACHE_DIR"):
+        cache = Cache(tmp_path)
+    stored(cache, b"b" * BIG)
+    assert list((tmp_path / "larger disk").iterdir()) == []
+
+
+def test_room_is_kept_for_what_is_arriving_in_parts(tmp_path):
+    cache = Cache(tmp_path, limit=3 << 20)
+    first = cache.begin(new(1, b"").object, "v1", 2 << 20)
+    assert cache.begin(new(2, b"").object, "v1", 2 << 20) is None
+    first.abandon()
+    second = cache.begin(new(2, b"").object, "v1", 2 << 20)
+    second.write(0, bytes(2 << 20))
+    second.finish()
+    assert (cache.volume() > 2 << 20, cache.room() > (1 << 20) - (64 << 10)) == (True, True)
+    audit(cache)
+
+
+def test_row_that_another_process_has_removed_meanwhile_is_not_damaged(cache, monkeypatch):
+    _, keys = stored(cache, b"b" * BIG)
+    seen = cache._folder.query("SELECT key, filename, value FROM Cache")
+    cache.remove(keys)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._folder, "query", lambda *_: seen)
+        assert cache.get_many(keys) == [None]
+    assert cache.damaged == 0
 
 
 @pytest.mark.parametrize("writing", [True, False])

@@ -1,7 +1,9 @@
 """The dataset in one process: constructors, labels, sums and parts of datasets, the batch path, and what is counted."""
 
 import asyncio
+import contextlib
 import csv
+import errno
 import hashlib
 import itertools
 import operator
@@ -34,6 +36,7 @@ from torch.utils.data import (
 from asyncds import CachedS3MapDataset, Manifest, ObjectInfo, ObjectStore, S3Reader, Settings
 from asyncds.errors import (
     AccessDenied,
+    CacheError,
     ConfigurationError,
     DatasetClosed,
     EmptyDataset,
@@ -960,6 +963,25 @@ def test_cache_that_is_full_keeps_what_it_has(s3):
     assert 5 <= kept <= 9, "about a megabyte of objects of 100 kB, less the index"
     assert stats["hits"] == kept
     assert stats["uncached"] == 40 - 2 * kept
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("moment", ["reading", "storing", "warming"])
+@pytest.mark.filterwarnings("ignore:the cache in .* cannot be:UserWarning")
+def test_cache_that_fails_is_an_error_only_where_that_is_asked_for(bucket, monkeypatch, strict, moment):
+    def failing(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with CachedS3MapDataset.from_prefix(PREFIX, strict=strict, transform=S3Reader.read) as dataset:
+        assert dataset[0] == body(KEYS[0])
+        place = "asyncds.folder.Folder.query" if moment == "reading" else "asyncds.folder.os.statvfs"
+        monkeypatch.setattr(place, failing)
+        expected = pytest.raises(CacheError, match=r"cannot be \w+ \(Input/output error\): free the disk, or set")
+        with expected if strict else contextlib.nullcontext():
+            if moment == "warming":
+                assert dataset.warm(progress=False).uncached == 11
+            else:
+                assert dataset.__getitems__(range(12)) == [body(key) for key in KEYS]
 
 
 # memory
