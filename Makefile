@@ -36,6 +36,7 @@ bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/epochs.py
 	$(BIN)/python tests/benchmarks/memory.py
 	$(BIN)/python tests/benchmarks/cache.py
+	$(BIN)/python tests/benchmarks/lookahead.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from asyncds.dataset import CachedS3MapDataset
     from asyncds.errors import AsyncdsError
     from asyncds.fetcher import Fetcher
+    from asyncds.loading import loader
+    from asyncds.lookahead import LookaheadBatchSampler
     from asyncds.manifest import Manifest, ObjectInfo
     from asyncds.reader import S3Reader
     from asyncds.retry import Retry
@@ -36,6 +38,7 @@ _HOMES = {
     "Connection": "asyncds.store",
     "Fetcher": "asyncds.fetcher",
     "ImageTransform": "asyncds.vision",
+    "LookaheadBatchSampler": "asyncds.lookahead",
     "Manifest": "asyncds.manifest",
     "ObjectInfo": "asyncds.manifest",
     "ObjectStore": "asyncds.store",
@@ -43,6 +46,7 @@ _HOMES = {
     "S3Reader": "asyncds.reader",
     "S3Store": "asyncds.store",
     "Settings": "asyncds.settings",
+    "loader": "asyncds.loading",
 }
 
 __all__ = [
@@ -52,6 +56,7 @@ __all__ = [
     "Connection",
     "Fetcher",
     "ImageTransform",
+    "LookaheadBatchSampler",
     "Manifest",
     "ObjectInfo",
     "ObjectStore",
@@ -59,6 +64,7 @@ __all__ = [
     "S3Reader",
     "S3Store",
     "Settings",
+    "loader",
 ]
 
 

@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from asyncds.errors import CacheError
 from asyncds.folder import BLOCK, Folder
-from asyncds.index import DATABASE, FAULTS, FILE_NAME
+from asyncds.index import DATABASE, FAULTS, FILE_NAME, is_damage
 from asyncds.sweep import is_litter
 
 __all__ = ["PROBLEMS", "check", "fix"]
@@ -36,6 +37,8 @@ def check(folder: Folder, is_sound: Callable[[bytes], bool]) -> dict[str, list[s
         _check_rows(folder, is_sound, problems)
         _check_files(folder, problems)
     except FAULTS as error:
+        if not is_damage(error):
+            raise CacheError(f"{folder.directory} cannot be read ({error}): nothing is known of it") from None
         problems["index"].append(str(error))
     _check_permissions(folder.directory, problems)
     return {kind: problems[kind] for kind in PROBLEMS if problems[kind]}
@@ -68,7 +71,7 @@ def _check_file(
         return True
     try:
         blocks = -(-os.lstat(folder.objects / filename).st_size // BLOCK) * BLOCK
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if folder.query("SELECT 1 FROM Cache WHERE rowid = ? AND filename = ?", row, filename):
             problems["missing"].append(f"{name} in {filename}")
         return False

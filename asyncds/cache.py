@@ -13,7 +13,8 @@ seen: that is how objects that no listing described keep their version.
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from errno import EISDIR, ELOOP, ENOENT, ENOTDIR, ENXIO
+from errno import EISDIR, ELOOP, EMFILE, ENFILE, ENOENT, ENOMEM, ENOTDIR, ENXIO
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from asyncds.entry import FIRST_SEEN, Entry, NewEntry, entry_key, pack_header, p
 from asyncds.errors import CacheError
 from asyncds.files import NewFile, Written
 from asyncds.folder import BLOCK, Folder
-from asyncds.index import FAULTS, FILE_NAME
+from asyncds.index import FAULTS, FILE_NAME, Index
 from asyncds.large import StoredBody, digest_of
 from asyncds.sweep import Sweeper
 
@@ -36,10 +37,11 @@ _FREE_FLOOR = 0.05
 _VARIABLES_PER_QUERY = 500
 _READ_ONLY = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NO_FILE_OF_OURS = {ENOENT, ELOOP, EISDIR, ENOTDIR, ENXIO}
+_PASSING = {EMFILE, ENFILE, ENOMEM}  # nothing is wrong with the file
 _HEADERS, _ROW = 120, 200  # bytes that a value and its row take beside the body, about
 _SLACK = 0.01  # of the limit, made free beyond what is needed, so that room is not made for each batch
 
-_Row = tuple[bytes, str | None, bytes | None]  # key, and file name or value
+_Row = tuple[bytes, str | None, bytes | None, str | None]  # key, file name or value, and tag
 
 
 class Cache:
@@ -53,7 +55,8 @@ class Cache:
     counted in `damaged`. Processes that are given the same `notices`, the beginning of a file's name, warn once among
     them.
 
-    A folder that cannot be written is read; with `read_only` any is, also another user's.
+    A folder that cannot be written is read; with `read_only` any is, also another user's. Opening it takes away what
+    killed processes left, in the background, unless `sweeping` is False.
 
     Raises `CacheError` if the directory cannot be used when it is opened.
     """
@@ -65,17 +68,19 @@ class Cache:
         limit: int | float | None = None,
         notices: Path | None = None,
         read_only: bool = False,
+        sweeping: bool = True,
     ) -> None:
         self.directory = Path(directory) / "asyncds"
         self.damaged = 0
         self.full = False
+        self._refused = False
         self._limit = limit
         self._folder = Folder(self.directory, notices, read_only=read_only)
         self._objects = os.fspath(self._folder.objects)  # joining a Path takes as long as opening the file
         self._coming = set[LargeEntry]()  # what has room already, and is not yet in the accounting
         self._clearing = Clearing(self._folder)
         self._sweeper = Sweeper(self._folder)
-        if not self.read_only:
+        if sweeping and not self.read_only:
             self._sweeper.start_if_needed()
 
     def __repr__(self) -> str:
@@ -115,14 +120,28 @@ class Cache:
 
     # reading
 
-    def get_many(self, keys: Sequence[bytes]) -> list[Entry | None]:
-        """Return what is cached under these keys (`entry_key`), in their order, with one query; None is a miss."""
+    def get_many(self, keys: Sequence[bytes], tag: str | None = None) -> list[Entry | None]:
+        """Return what is cached under these keys (`entry_key`), in their order, with one query; None is a miss.
+
+        What another dataset brought, which nobody uses any more, belongs to the dataset `tag` from now on.
+        """
         try:
             rows = self._select(keys)
+            if tag is not None:
+                self._adopt(rows, tag)
             return [self._checked(rows[key]) if key in rows else None for key in keys]
         except FAULTS as error:
             self._folder.failed("read", error)
             return [None] * len(keys)
+
+    def _adopt(self, rows: dict[bytes, _Row], tag: str) -> None:
+        foreign: dict[str, list[bytes]] = {}
+        for key, _, _, owner in rows.values():
+            if owner != tag:
+                foreign.setdefault(str(owner), []).append(key)
+        if not self.read_only:
+            for owner, keys in foreign.items():
+                self._clearing.adopt(keys, owner, tag)
 
     def first_seen(self, objects: Sequence[bytes]) -> list[str | None]:
         """Return the ETag by which each object is known, where no listing told one; None if it was never seen."""
@@ -138,7 +157,7 @@ class Cache:
             return set()
 
     def _select(self, keys: Sequence[bytes], *, values: bool = True) -> dict[bytes, _Row]:
-        columns = "key, filename, value" if values else "key, NULL, NULL"
+        columns = "key, filename, value, tag" if values else "key, NULL, NULL, NULL"
         rows: dict[bytes, _Row] = {}
         for start in range(0, len(keys), _VARIABLES_PER_QUERY):
             some = keys[start : start + _VARIABLES_PER_QUERY]
@@ -153,6 +172,7 @@ class Cache:
         except OSError as error:
             if error.errno not in _NO_FILE_OF_OURS:
                 self._folder.failed("read", error)
+            if error.errno in _PASSING:
                 return None
             entry = None
         if entry is None:
@@ -160,7 +180,7 @@ class Cache:
         return entry
 
     def _read(self, row: _Row) -> Entry | None:
-        key, filename, value = row
+        key, filename, value, _ = row
         if filename is not None:
             return self._file(key, filename)
         return unpack(key, value) if isinstance(value, bytes) else None
@@ -184,7 +204,7 @@ class Cache:
             bad = "DELETE FROM Cache WHERE key = ? AND raw = 1 AND filename IS ? AND value IS ?"
             self._folder.note_unlinking(filename)
             with self._folder.transaction() as index:
-                gone = index.execute(bad, row).rowcount
+                gone = index.execute(bad, row[:3]).rowcount
             if gone:
                 self._folder.unlink(filename)
             return bool(gone)
@@ -199,10 +219,14 @@ class Cache:
 
         Files are complete under their names before the transaction begins; a crash leaves litter, never a lie.
         """
+        return sum(self.put_each(entries, tag))
+
+    def put_each(self, entries: Sequence[NewEntry], tag: str = "") -> list[bool]:
+        """As `put_many`; tells of each entry whether it is there now."""
         if self.read_only:
             self.full = True
             self._warn_if_full()
-            return 0
+            return [False] * len(entries)
         keys = [entry_key(entry.object, entry.etag) for entry in entries]
         try:
             present = self._select(keys, values=False)
@@ -210,25 +234,25 @@ class Cache:
             written = self._written(missing, tag)
             noted = [(e.object + FIRST_SEEN, e.etag) for e in entries if e.first_seen]
             notes = [(key, Written(0, None, pack_header(key, etag, b""))) for key, etag in noted]
-            if written or notes:
-                self.commit([*written, *notes], tag)
+            stored = self.commit([*written, *notes], tag) if written or notes else set()
             self._warn_if_full()
-            kept = present.keys() | {key for key, _ in written}
-            return sum(key in kept for key in keys)
+            kept = present.keys() | stored
+            return [key in kept for key in keys]
         except FAULTS as error:
             self._folder.failed("written", error)
-            return 0
+            return [False] * len(entries)
 
     def _written(self, entries: dict[bytes, NewEntry], tag: str) -> list[tuple[bytes, Written]]:
         """Rows for the entries that fit, their files written; a disk that fails ends it with those that were."""
         room, rows = self._room(), list[tuple[bytes, Written]]()
-        needed = sum(_on_disk(len(entry.body)) for entry in entries.values())
-        if room < needed <= (self.capacity or needed):
-            room += self._make_room(needed - room, tag)
+        sizes, most = [_on_disk(len(entry.body)) for entry in entries.values()], self.capacity
+        needed = sum(size for size in sizes if most is None or size <= most)
+        if room < needed:
+            room += self._make_room(min(needed, most or needed) - room, tag)
         for key, entry in entries.items():
             size = _on_disk(len(entry.body))
             if size > room:
-                self.full = True
+                self._refuse(size)
                 continue
             try:
                 rows.append((key, self._write(key, entry)))
@@ -259,7 +283,18 @@ class Cache:
         """The limit in bytes; None where only the free space of the disk counts."""
         return int(self._folder.disk()[0] * self._limit) if isinstance(self._limit, float) else self._limit
 
+    def make_room(self, needed: int, tag: str) -> int:
+        """Make room for so many bytes of a dataset from what nobody uses, and return how much there is then."""
+        try:
+            room = self._room()
+            return room if room >= needed else room + self._make_room(needed - room, tag)
+        except FAULTS as error:
+            self._folder.failed("written", error)
+            return 0
+
     def _make_room(self, needed: int, tag: str) -> int:
+        if self.read_only:
+            return 0
         freed = self._clearing.make_room(needed + int((self.capacity or 0) * _SLACK), tag)
         if freed >= needed:
             self.full = False
@@ -313,18 +348,18 @@ class Cache:
         try:
             return row is None or self._read(row) is not None
         except OSError as error:
-            if error.errno not in _NO_FILE_OF_OURS:
+            if error.errno in _PASSING:
                 raise
             return not self._select([key], values=False)
 
     # removing
 
     def remove(self, keys: Iterable[bytes]) -> None:
-        """Remove rows, and their files after the rows."""
+        """Remove rows, and their files after the rows; some at a time, so that others can write meanwhile."""
+        remaining = iter(keys)
         try:
-            with self._folder.transaction() as index:
-                for key in keys:
-                    index.delete(key)
+            while some := list(islice(remaining, _VARIABLES_PER_QUERY)):
+                self._folder.drop(f"raw = 1 AND key IN ({','.join('?' * len(some))})", some)
         except FAULTS as error:
             self._folder.failed("written", error)
 
@@ -349,6 +384,7 @@ class Cache:
     def begin(self, object: bytes, etag: str, size: int, tag: str = "") -> "LargeEntry | None":
         """Begin to store an object that arrives in parts; None where it does not fit, or the disk fails."""
         try:
+            self._folder.query("SELECT 1")  # notices a folder that was replaced
             room = self._room()
             if room < size <= (self.capacity or size):
                 room += self._make_room(size - room, tag)
@@ -356,25 +392,38 @@ class Cache:
                 large = LargeEntry(self, NewFile(self._folder), NewEntry(object, etag, b""), size, tag)
                 self._coming.add(large)
                 return large
-            self.full = True
+            self._refuse(size)
             self._warn_if_full()
         except FAULTS as error:
             self._folder.failed("written", error)
         return None
 
+    def _refuse(self, size: int) -> None:
+        self._refused = True
+        if size <= (self.capacity or size):  # what could never fit says nothing about the others
+            self.full = True
+
     def arrived(self, large: "LargeEntry") -> None:
         """It is accounted for, or gone: what was kept free for it is no longer."""
         self._coming.discard(large)
+
+    def say_once(self, kind: str, message: str) -> None:
+        """Warn, if no process that was given the same `notices` has said so."""
+        self._folder.say(kind, message)
 
     def failed(self, what: str, error: Exception) -> None:
         """Count a fault of the disk that somebody else has met, and say so once."""
         self._folder.failed(what, error)
 
-    def commit(self, written: Sequence[tuple[bytes, Written]], tag: str) -> None:
-        """Let rows name what is written, with one transaction; used by those who write it."""
+    def commit(self, written: Sequence[tuple[bytes, Written]], tag: str) -> set[bytes]:
+        """Let rows name what is written, with one transaction, and return their keys; used by those who write it.
+
+        What other processes have stored meanwhile counts: what then does not fit is left out.
+        """
         try:
             with self._folder.transaction() as index:
-                index.add(written, tag)
+                fitting = self._fitting(index, written)
+                index.add(fitting, tag)
         except BaseException:
             for _, value in written:
                 if value.file is not None:
@@ -383,6 +432,20 @@ class Cache:
         for _, value in written:
             if value.file is not None:
                 value.file.settle()
+        return {key for key, _ in fitting}
+
+    def _fitting(self, index: Index, written: Sequence[tuple[bytes, Written]]) -> Sequence[tuple[bytes, Written]]:
+        limit = self.capacity
+        if limit is None:
+            return written
+        room, fitting = limit - self._folder.volume_of(index), list[tuple[bytes, Written]]()
+        for key, value in written:
+            room -= value.size if value.value is None else _on_disk(len(value.value))
+            if room >= 0 or key.endswith(FIRST_SEEN):
+                fitting.append((key, value))
+            else:
+                self.full = True
+        return fitting
 
     def _warn_if_full(self) -> None:
         if self.full and self.read_only:
@@ -391,7 +454,7 @@ class Cache:
                 f"the cache in {self.directory} is read-only: what it lacks is downloaded again in each epoch; "
                 "set ASYNCDS_CACHE_DIR to a directory that can be written",
             )
-        elif self.full:
+        elif self.full or self._refused:
             self._folder.say(
                 "full",
                 f"the cache in {self.directory} is full: what does not fit is downloaded again in each epoch; "

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -15,6 +17,7 @@ __all__ = ["Clearing"]
 
 _ROWS_AT_ONCE = 500
 _SECONDS_BETWEEN = 30.0
+_SECONDS_OF_CLEARING = 10.0
 _CLEARING = b"\0clearing"  # no dataset is called that
 
 
@@ -26,11 +29,25 @@ class Clearing:
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
+        self._held = Counter[str]()
+        self._held_by_others: dict[str, float] = {}
+        folder.on_renewed.append(self._hold_again)
         self._last = -_SECONDS_BETWEEN
 
     def hold(self, tag: str) -> None:
         """Say that this process uses a dataset, until `release` or its end."""
-        self._folder.datasets.share(_bytes(tag))
+        self._held[tag] += 1
+        self._hold(tag)
+
+    def _hold_again(self) -> None:
+        for tag, count in self._held.items():
+            for _ in range(count):
+                self._hold(tag)
+
+    def _hold(self, tag: str) -> None:
+        until = time.monotonic() + _SECONDS_OF_CLEARING
+        while not self._folder.datasets.share(_bytes(tag)) and time.monotonic() < until:
+            time.sleep(0.01)  # somebody makes room from it in this moment
         if self._folder.read_only:
             return
         with contextlib.suppress(OSError):
@@ -38,11 +55,28 @@ class Clearing:
 
     def release(self, tag: str) -> None:
         """Undo one `hold`."""
+        self._held[tag] -= 1
         self._folder.datasets.release(_bytes(tag))
         if self._folder.read_only:
             return
         with contextlib.suppress(OSError):
             os.utime(self._note(tag))
+
+    def adopt(self, keys: Sequence[bytes], owner: str, tag: str) -> None:
+        """Make rows of a dataset that nobody holds those of another. Waits for nobody: the next batch tries again."""
+        if time.monotonic() < self._held_by_others.get(owner, 0.0):
+            return
+        if not self._folder.datasets.take(_bytes(owner)):
+            self._held_by_others[owner] = time.monotonic() + _SECONDS_BETWEEN
+            return
+        try:
+            with contextlib.suppress(sqlite3.OperationalError), self._folder.transaction(wait=False) as index:
+                for start in range(0, len(keys), _ROWS_AT_ONCE):
+                    some = keys[start : start + _ROWS_AT_ONCE]
+                    own = f"raw = 1 AND tag IS ? AND key IN ({','.join('?' * len(some))})"
+                    index.execute(f"UPDATE Cache SET tag = ? WHERE {own}", (tag, owner, *some))
+        finally:
+            self._folder.datasets.release(_bytes(owner))
 
     def make_room(self, needed: int, tag: str) -> int:
         """Remove what nobody uses, and not of the dataset `tag`, until so many bytes are free; return how many are.
@@ -107,12 +141,7 @@ class Clearing:
     def _drop(self, rows: Sequence[int]) -> int:
         """Remove rows, then their files, and return how many bytes that frees."""
         marks, before = ",".join("?" * len(rows)), self._folder.volume()
-        self._folder.note_writing()
-        with self._folder.transaction() as index:
-            files = index.execute(f"SELECT filename FROM Cache WHERE rowid IN ({marks})", rows).fetchall()
-            index.execute(f"DELETE FROM Cache WHERE rowid IN ({marks})", rows)
-        for (filename,) in files:
-            self._folder.unlink(filename)
+        self._folder.drop(f"rowid IN ({marks})", rows)
         return before - self._folder.volume()
 
     def _note(self, tag: str) -> Path:

@@ -96,9 +96,18 @@ def verify(cache_dir: Path | None, fix: bool) -> None:
     """
     from asyncds.audit import PROBLEMS
     from asyncds.cache import Cache
+    from asyncds.errors import CacheError
+    from asyncds.index import DATABASE, is_trustworthy
     from asyncds.settings import Settings
 
-    cache = Cache(Settings().cache_dir if cache_dir is None else cache_dir)
+    settings = Settings()
+    place = settings.cache_dir if cache_dir is None else cache_dir
+    if not (place / "asyncds").is_dir():
+        raise CacheError(f"{place}: there is no cache here, which would be in its folder asyncds")
+    database = place / "asyncds" / "objects" / DATABASE
+    if not fix and database.exists() and not is_trustworthy(database, read_only=settings.cache_read_only):
+        raise CacheError(f"{database}: the index is damaged; --fix sets it aside, and the cache begins anew")
+    cache = Cache(place, read_only=settings.cache_read_only, sweeping=False)
     problems = cache.check(fix=fix)
     for kind, found in problems.items():
         click.echo(f"{kind}: {len(found):,} ({PROBLEMS[kind]})", err=True)

@@ -1,30 +1,38 @@
 """The synchronous, map-style face of it all: index → key → sample."""
 
+import itertools
 import math
 import operator
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any, NotRequired, Self, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, random_split
+from torch.utils.data import DataLoader, Dataset, random_split
 
-from asyncds.errors import ConfigurationError
+from asyncds.errors import CacheError, ConfigurationError, DatasetClosed, StoreError
 from asyncds.fetcher import Fetched
 from asyncds.labels import labeller, read_csv
 from asyncds.listing import Labeller, labels_of
+from asyncds.loading import loader
+from asyncds.lookahead import Batch, Horizon, ReadsAhead
 from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, parse_uri
 from asyncds.reader import S3Reader
 from asyncds.settings import Options, or_close_to
 from asyncds.source import Source, StoreRecipe
+from asyncds.stats import percentiles
 from asyncds.store import ObjectStore
 from asyncds.warm import WarmReport
 
 __all__ = ["CachedS3MapDataset"]
+
+
+_SUBSTITUTES = 10  # that are tried
 
 
 def _identity(sample: Any) -> Any:
@@ -58,7 +66,7 @@ class _Part:
     target_transform: Callable[[Any], Any] | None
 
 
-class CachedS3MapDataset(Dataset[Any]):
+class CachedS3MapDataset(ReadsAhead):
     """A map-style dataset whose samples are objects of a bucket, read through a cache on local disk.
 
     A sample is `transform(object)`, where the object is a file (`S3Reader`); with labels it is the pair
@@ -82,6 +90,7 @@ class CachedS3MapDataset(Dataset[Any]):
     def __init__(self, parts: Sequence[_Part], rows: NDArray[np.int64] | None = None) -> None:
         self._parts = tuple(parts)
         self._rows = rows
+        self._horizon = Horizon()
 
     # constructors
 
@@ -208,26 +217,72 @@ class CachedS3MapDataset(Dataset[Any]):
         return len(self._manifest()) if self._rows is None else len(self._rows)
 
     def __getitem__(self, index: int) -> Any:
-        return self.__getitems__([index])[0]
+        (owner,), (row,) = self._owned(self._checked([index]))
+        batch = _Batch(self._parts[owner], np.array([row]))
+        sample = batch.sample(0)
+        batch.settle()
+        return sample
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Return one sample for each index, in their order. Negative indices count from the end."""
-        rows = self._checked(indices)
-        if len(self._parts) == 1:
-            batch = _Batch(self._parts[0], rows)
-            samples = [batch.sample(position) for position in range(len(rows))]
-            batch.settle()
-            return samples
-        owners = np.searchsorted(self._starts(), rows, side="right") - 1
-        batches = {
-            owner: _Batch(self._parts[owner], rows[owners == owner] - self._starts()[owner])
-            for owner in sorted(set(owners.tolist()))
-        }
-        places = {owner: iter(range(len(rows))) for owner in batches}
-        samples = [batches[owner].sample(next(places[owner])) for owner in owners.tolist()]
+        owners, rows = self._owned(self._checked(indices))
+        batches = {owner: _Batch(self._parts[owner], rows[owners == owner]) for owner in np.unique(owners).tolist()}
+        if isinstance(indices, Batch):
+            self._look_ahead(indices)
+        places = {owner: itertools.count() for owner in batches}
+        samples = []
+        for index, owner in zip(indices, owners.tolist(), strict=True):
+            place = next(places[owner])
+            try:
+                samples.append(batches[owner].sample(place))
+            except Exception as error:
+                samples += self._instead(operator.index(index), self._parts[owner].source, error)
         for batch in batches.values():
             batch.settle()
+        if not samples and len(indices):
+            raise StoreError("none of the samples of a batch could be had: see the warnings, or dataset.failures()")
         return samples
+
+    def _instead(self, index: int, source: Source, error: Exception) -> list[Any]:
+        """What is returned in the place of a sample that failed; raises the error where that is asked for."""
+        if source.settings.on_error == "raise" or isinstance(error, DatasetClosed | CacheError):
+            raise error
+        source.note_failure(error, len(self))
+        if source.settings.on_error == "skip":
+            source.counters.add(skipped=1)
+            return []
+        # Which one depends on the index alone: the same in every run, with any number of workers.
+        for other in np.random.default_rng(index).integers(0, len(self), _SUBSTITUTES).tolist():
+            try:
+                sample = self[other]
+            except Exception as again:
+                source.note_failure(again, len(self))
+            else:
+                source.counters.add(replaced=1)
+                return [sample]
+        raise error
+
+    def _look_ahead(self, batch: Batch) -> None:
+        """Have the next batches brought, as far as this process has not heard of them."""
+        for indices in self._horizon.extended(batch):
+            try:
+                owners, rows = self._owned(self._checked(indices))
+            except IndexError:  # for the batch itself to tell
+                continue
+            for owner in np.unique(owners).tolist():
+                source = self._parts[owner].source
+                infos = source.manifest.rows(rows[owners == owner])
+                source.prefetch(infos, batch.iteration, alone=batch.source is None)
+                if batch.source is not None:
+                    batch.source.at_end(source.forget)
+
+    def _owned(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The part that each row belongs to, and its row there."""
+        if len(self._parts) == 1:
+            return np.zeros(len(rows), np.int64), rows
+        starts = self._starts()
+        owners = np.searchsorted(starts, rows, side="right") - 1
+        return owners, rows - starts[owners]
 
     def _checked(self, indices: Sequence[int]) -> NDArray[np.int64]:
         """Rows of the table, for indices into this dataset."""
@@ -342,21 +397,47 @@ class CachedS3MapDataset(Dataset[Any]):
             sum(r.seconds for r in reports),
         )
 
+    def loader(self, batch_size: int | None = 1, shuffle: bool | None = None, **options: Any) -> DataLoader[Any]:
+        """Return `asyncds.loader(self, batch_size, shuffle, ...)`: a `DataLoader` that reads ahead."""
+        return loader(self, batch_size, shuffle, **options)  # type: ignore[no-any-return]
+
+    @property
+    def skips(self) -> bool:  # type: ignore[override]
+        """Whether `on_error="skip"` may make batches shorter."""
+        return any(source.settings.on_error == "skip" for source in self._sources())
+
+    @property
+    def digest(self) -> str:
+        """A hash of the objects, their versions, labels and order."""
+        state = blake2b(digest_size=16)
+        for part in self._parts:
+            state.update(part.source.manifest.digest.encode())
+        if self._rows is not None:
+            state.update(self._rows.tobytes())
+        return state.hexdigest()
+
     def stats(self) -> dict[str, float]:
         """Return counters since the dataset was made, summed over this process and all of its workers.
 
         Datasets made of one another (`subset`, `split`, `with_transform`) have them in common.
 
         Counts are ints, and names that end in `_s` seconds, summed over processes: `samples`, `hits` and `misses`
-        (samples found in the cache, or waited for), `gets` and `bytes` (objects that arrived), `retries`, `failures`,
-        `uncached` (objects that the cache did not take), `blocked_s` (waiting for bytes), `transform_s`; and, of the
+        (samples found in the cache, or waited for), `prefetch_hits` (those that were brought before they were asked
+        for), `gets` and `bytes` (objects that arrived), `retries`, `failures`, `replaced` and `skipped` (see
+        `on_error`), `uncached` (objects that the cache did not take), `blocked_s` (waiting for bytes), `transform_s`;
+        `latency_p50_s`, `latency_p90_s`, `latency_p99_s` of successful requests, to within a tenth; and, of the
         listing, `markers` and `filtered`: keys that were left out.
         """
         totals = [source.stats() for source in self._sources()]
-        return {
+        sums = {
             name: math.fsum(t[name] for t in totals) if name.endswith("_s") else sum(t[name] for t in totals)
             for name in totals[0]
         }
+        return sums | percentiles([source.latencies() for source in self._sources()])
+
+    def failures(self) -> list[str]:
+        """One line for each failure that `on_error` has let pass: the object, and what was wrong; of all workers."""
+        return [line for source in self._sources() for line in source.failures()]
 
     def close(self) -> None:
         """Close connections and cancel what is under way; this dataset and those made of it then raise `DatasetClosed`.

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import time
+import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
@@ -13,7 +15,7 @@ from asyncds.manifest import ObjectInfo
 from asyncds.retry import Retry
 from asyncds.store.base import ObjectStore, no_bound
 
-__all__ = ["Downloader", "Memory", "SizeTold", "verify"]
+__all__ = ["Downloader", "Memory", "SizeTold", "Slots", "verify"]
 
 _MEMORY = 32 << 20
 _SLOWEST = 1e6  # bytes per second below which a large object may miss its deadline
@@ -43,6 +45,14 @@ class SizeTold(BaseException):
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self.size = size
+
+
+class Slots(asyncio.Semaphore):
+    """Requests that may be in flight. Whoever has something to send when one is free is in `listeners`."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.listeners = weakref.WeakSet[Any]()
 
 
 class Memory:
@@ -128,11 +138,20 @@ class _Turn:
 class Downloader:
     """Brings the bytes of objects, within `slots` for requests and `memory` for what has arrived and is not yet gone.
 
-    `allowance`, in seconds, is added to the deadline of a download. Lives on one event loop.
+    `observe` is told of each request that brought what was asked for how many seconds it took. `allowance`, in seconds,
+    is added to the deadline of a download. Lives on one event loop.
     """
 
-    def __init__(self, store: ObjectStore, retry: Retry, slots: asyncio.Semaphore, memory: Memory) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        retry: Retry,
+        slots: Slots,
+        memory: Memory,
+        observe: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
         self.memory = memory
+        self._observe = observe
         self._store = store
         self._retry = retry
         self._slots = slots
@@ -194,8 +213,10 @@ class Downloader:
     async def _attempt(
         self, info: ObjectInfo, turn: _Turn, most: int | None, clock: asyncio.Timeout
     ) -> tuple[ObjectInfo, bytes]:
+        started = time.perf_counter()
         served, body = await self._store.get(info, partial(_admit, turn, most, clock))
         verify(info, served, body)
+        self._observe(time.perf_counter() - started)
         return served, body
 
     async def _bring(self, info: ObjectInfo, part: slice, write: Callable[[int, bytes], Any], allowance: float) -> None:
@@ -208,10 +229,12 @@ class Downloader:
             turn.release()
 
     async def _attempt_part(self, info: ObjectInfo, part: slice, _: asyncio.Timeout) -> bytes:
+        started = time.perf_counter()
         served, body = await self._store.get(info, no_bound, part)
         if len(body) != part.stop - part.start:
             raise TransferFailed(f"{info.uri}: {len(body)} bytes of a part of {part.stop - part.start} arrived")
         verify(info, served, None)
+        self._observe(time.perf_counter() - started)
         return body
 
 

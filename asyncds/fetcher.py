@@ -11,13 +11,14 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Self
 
-from asyncds.cache import Cache
-from asyncds.download import Downloader, Memory, SizeTold
+from asyncds.cache import Cache, LargeEntry
+from asyncds.download import Downloader, Memory, SizeTold, Slots
 from asyncds.entry import NewEntry, entry_key, object_id
 from asyncds.errors import AsyncdsError, ConfigurationError, DatasetClosed, ObjectChanged
 from asyncds.index import FAULTS
 from asyncds.large import LARGE, StoredBody
 from asyncds.manifest import ObjectInfo
+from asyncds.prefetch import Prefetch
 from asyncds.retry import Retry
 from asyncds.stats import Counters
 from asyncds.store.base import NoParts, ObjectStore
@@ -27,8 +28,12 @@ __all__ = ["Fetched", "Fetcher", "lookup"]
 _log = logging.getLogger(__name__)
 _LOOKUP = 200
 _SECONDS_BETWEEN_CLAIMS = 0.03
+_REFILLS = 4  # of the window, while it is used once
 _BATCH_ENTRIES = 256
 _BATCH_BYTES = 8 << 20
+
+
+_NOBODY = -1  # the group of a prefetch whose group is gone
 
 
 class Fetched(NamedTuple):
@@ -38,16 +43,21 @@ class Fetched(NamedTuple):
     body: bytes | StoredBody
 
 
-def lookup(cache: Cache, endpoint: str, infos: Sequence[ObjectInfo]) -> tuple[list[ObjectInfo], list[Fetched | None]]:
+def lookup(
+    cache: Cache, endpoint: str, infos: Sequence[ObjectInfo], tag: str | None = None
+) -> tuple[list[ObjectInfo], list[Fetched | None]]:
     """Find objects in the cache without touching an event loop.
 
     Returns the objects, now with the ETag of the version first seen where none was listed, and what is cached of each.
     """
     known, keys = identify(cache, endpoint, infos)
-    entries = iter(cache.get_many([key for key in keys if key is not None]))
+    entries = iter(cache.get_many([key for key in keys if key is not None], tag))
     found: list[Fetched | None] = []
     for info, key in zip(known, keys, strict=True):
         entry = next(entries) if key is not None else None
+        if entry is not None and key is not None and info.size not in (None, len(entry.body)):
+            cache.remove([key])  # the store gives two contents the same ETag
+            entry = None
         served = entry and Fetched(ObjectInfo(info.bucket, info.key, len(entry.body), entry.etag), entry.body)
         found.append(served or None)
     return known, found
@@ -71,17 +81,45 @@ def identify(cache: Cache, endpoint: str, infos: Sequence[ObjectInfo]) -> tuple[
     return known, [None if info.etag is None else entry_key(id, info.etag) for id, info in zip(ids, known, strict=True)]
 
 
+def _abandon(beginning: asyncio.Future[LargeEntry | None]) -> None:
+    entry = None if beginning.cancelled() or beginning.exception() is not None else beginning.result()
+    if entry is not None:
+        entry.abandon()
+
+
+async def _handed_over(kept: Fetched, arrived: asyncio.Future[Fetched]) -> bool:
+    """A flight that has been."""
+    arrived.set_result(kept)
+    return False
+
+
 def _chunks(infos: Iterable[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
     source = iter(infos)
     while chunk := list(islice(source, _LOOKUP)):
         yield chunk
 
 
-class Flight:
-    """One download under way. `arrived` holds the object or the error; `task` ends when the cache has it, too."""
+Key = tuple[str, str, str | None]  # bucket, key and ETag
 
-    def __init__(self, fly: Callable[[asyncio.Future[Fetched]], Coroutine[Any, Any, None]]) -> None:
+
+class Flight:
+    """One download under way. `arrived` holds the object or the error; `task` ends when that is settled, too.
+
+    The task tells whether the cache has the object. `size` is what is expected to arrive, `group` that of a
+    prefetch which nobody waits for yet, and `reserved` are the bytes of memory that are kept free for it.
+    """
+
+    def __init__(
+        self,
+        fly: Callable[[asyncio.Future[Fetched]], Coroutine[Any, Any, bool]],
+        size: int,
+        group: int | None = None,
+        reserved: int = 0,
+    ) -> None:
         self.arrived: asyncio.Future[Fetched] = asyncio.get_running_loop().create_future()
+        self.size = size
+        self.group = group
+        self.reserved = reserved
         self.task = asyncio.create_task(fly(self.arrived))
 
 
@@ -158,9 +196,10 @@ class Fetcher:
         retry: Retry,
         tag: str = "",
         counters: Counters | None = None,
-        slots: asyncio.Semaphore | None = None,
+        slots: Slots | None = None,
         memory: Memory | None = None,
         admits: Callable[[int], bool] | None = None,
+        on_early: Callable[[ObjectInfo], None] | None = None,
     ) -> None:
         try:
             inspect.signature(store.get).bind(None, None, None)
@@ -170,12 +209,18 @@ class Fetcher:
         self._cache = cache
         self._concurrency = concurrency
         self._patience = retry.deadline / 4
-        self.downloader = Downloader(store, retry, slots or asyncio.Semaphore(concurrency), memory or Memory())
+        self._slots = slots or Slots(concurrency)
+        observe = counters.observe if counters is not None else lambda seconds: None
+        self.downloader = Downloader(store, retry, self._slots, memory or Memory(), observe)
         self._tag = tag
         self._admits = admits or (lambda size: True)
         self._counters = counters
-        self._flights: dict[tuple[str, str, str | None], Flight] = {}
-        self._unwritten: deque[tuple[NewEntry, asyncio.Future[None]]] = deque()
+        self._on_early = on_early or (lambda info: None)
+        self._flights: dict[Key, Flight] = {}
+        self._ahead = Prefetch[ObjectInfo, Fetched]()
+        self._slots.listeners.add(self)
+        self._unarrived = self._expected = 0  # downloads under way whose object is not there yet, and bytes of all
+        self._unwritten: deque[tuple[NewEntry, asyncio.Future[bool]]] = deque()
         self._writing: asyncio.Task[None] | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="asyncds-writer")
         self._looking: list[tuple[ObjectInfo, asyncio.Future[tuple[ObjectInfo, Fetched | None]]]] = []
@@ -235,11 +280,74 @@ class Fetcher:
         if self._closed:
             raise DatasetClosed("the fetcher is closed")
         key = (info.bucket, info.key, info.etag)
-        flight = self._flights.get(key)
+        kept, flight = self._ahead.take(key[:2]), self._flights.get(key)
+        if kept is not None and info.etag not in (None, kept.info.etag):
+            kept = None
+        if kept is not None:
+            self._count(prefetch_hits=1)
+            return self._launch(key, Flight(partial(_handed_over, kept), 0))
         if flight is None:
-            flight = self._flights[key] = Flight(partial(self._fly, info))
-            flight.task.add_done_callback(lambda _: self._landed(key, flight))
+            return self._launch(key, Flight(partial(self._fly, info), self.downloader.expected_size(info)))
+        if flight.group is not None:
+            self._count(prefetch_hits=int(flight.arrived.done()))
+            flight.group = None
         return flight
+
+    def prefetch(self, infos: Iterable[ObjectInfo], group: int = 0) -> None:
+        """Bring these, too, in this order, when there are slots that nobody who waits needs; to be called on the loop.
+
+        They go to the cache. What it does not take stays in memory until it is asked for, up to 64 MiB; then no more
+        is brought. A failure is not told: whoever asks for the object meets it.
+        """
+        for info in infos:
+            key = (info.bucket, info.key, info.etag)
+            if key not in self._flights:
+                self._ahead.want(key[:2], info, group)
+        self.launch_ahead()
+
+    def forget(self, gone: Callable[[int], bool]) -> None:
+        """Drop what was to be brought for groups that are gone; what is under way goes on into the cache."""
+        self._ahead.forget(gone)
+        for flight in self._flights.values():
+            if flight.group is not None and gone(flight.group):
+                flight.group = _NOBODY
+        self.launch_ahead()
+
+    def _launch(self, key: Key, flight: Flight) -> Flight:
+        self._flights[key] = flight
+        self._unarrived += 1
+        self._expected += flight.size
+        flight.arrived.add_done_callback(self._arrived)
+        flight.task.add_done_callback(lambda _: self._landed(key, flight))
+        return flight
+
+    def _arrived(self, _: asyncio.Future[Fetched]) -> None:
+        self._unarrived -= 1
+        # Some at a time: what is launched together is claimed, looked up and written together.
+        if self._unarrived <= self._concurrency - self._concurrency // _REFILLS:
+            for fetcher in list(self._slots.listeners):
+                fetcher.launch_ahead()
+
+    def launch_ahead(self) -> None:
+        """Send for what was named in advance, as far as there are slots; to be called on the loop."""
+        room: int | None = None
+        while not self._closed and self._unarrived < self._concurrency and not self._slots.locked():
+            wanted = self._ahead.next()
+            if wanted is None:
+                return
+            place, info, group = wanted
+            size, key = self.downloader.expected_size(info), (info.bucket, info.key, info.etag)
+            if room is None:  # of the cache, beside what is under way
+                room = 0 if self._cache is None else self._cache.room() - self._expected
+            reserved = 0 if size <= room and self._admits(size) else size
+            if not self._ahead.reserve(reserved):
+                return
+            room -= size - reserved
+            self._ahead.take(place)
+            if key in self._flights:
+                self._ahead.release(reserved)
+            else:
+                self._launch(key, Flight(partial(self._fly, info), size, group, reserved))
 
     async def flush(self) -> None:
         """Wait until the cache has what has arrived so far."""
@@ -249,6 +357,7 @@ class Fetcher:
     async def aclose(self) -> None:
         """Cancel what is under way, wait for it, and close the store. Whoever waits gets `DatasetClosed`."""
         self._closed = True
+        self._ahead.forget(lambda _: True)
         tasks = [flight.task for flight in self._flights.values()]
         for task in tasks:
             task.cancel()
@@ -262,16 +371,16 @@ class Fetcher:
     def _lookup(self, infos: Sequence[ObjectInfo]) -> tuple[list[ObjectInfo], list[Fetched | None]]:
         if self._cache is None:
             return list(infos), [None] * len(infos)
-        return lookup(self._cache, self._store.endpoint, infos)
+        return lookup(self._cache, self._store.endpoint, infos, self._tag)
 
     # one download
 
-    async def _fly(self, info: ObjectInfo, arrived: asyncio.Future[Fetched]) -> None:
+    async def _fly(self, info: ObjectInfo, arrived: asyncio.Future[Fetched]) -> bool:
         async with self._claimed(info) as (info, found, waited):
             if found is not None:
                 arrived.set_result(found)
-            else:
-                await self._download(info, arrived, waited)
+                return True
+            return await self._download(info, arrived, waited)
 
     @contextlib.asynccontextmanager
     async def _claimed(self, info: ObjectInfo) -> AsyncGenerator[tuple[ObjectInfo, Fetched | None, float], None]:
@@ -280,8 +389,11 @@ class Fetcher:
         Yields what the object is known as, what the cache has of it, and how many seconds it took. Who waits for a
         process that stands still waits for a quarter of the deadline, and then brings the object as well.
         """
-        if self._cache is None or self._cache.full or not self._admits(info.size or 0):
+        if self._cache is None or not self._admits(info.size or 0):
             yield info, None, 0.0
+            return
+        if self._cache.full:  # nobody waits for what will not be there
+            yield *await self._look_again(info), 0.0
             return
         id, now = object_id(self._store.endpoint, info.bucket, info.key), asyncio.get_running_loop().time
         started, claimed = now(), self._cache.claim(id)
@@ -305,12 +417,17 @@ class Fetcher:
 
     def _look_all_up(self) -> None:
         looking, self._looking = self._looking, []
-        answers = self._lookup([info for info, _ in looking])
+        infos = [info for info, _ in looking]
+        try:
+            answers = self._lookup(infos)
+        except Exception:  # a warning that is made an error, say: those who wait must go on
+            answers = infos, [None] * len(infos)
+            _log.exception("the cache could not be looked into")
         for (_, result), info, found in zip(looking, *answers, strict=True):
             if not result.done():
                 result.set_result((info, found))
 
-    async def _download(self, info: ObjectInfo, arrived: asyncio.Future[Fetched], waited: float) -> None:
+    async def _download(self, info: ObjectInfo, arrived: asyncio.Future[Fetched], waited: float) -> bool:
         """Bring an object: a large one in parts, straight into its file, if cache and store can do that."""
         asked = info
         if self._cache is not None and info.size is None:
@@ -321,10 +438,10 @@ class Fetcher:
                 if asked.etag not in (None, info.etag):
                     raise ObjectChanged(f"{info.uri}: its ETag is {info.etag}, not {asked.etag}") from None
         body = await self._download_parts(asked, info, waited)
-        if body is not None:
-            self._deliver(Fetched(info, body), arrived)
-        else:
-            await self._download_whole(asked, info, arrived, waited, None)
+        if body is None:
+            return await self._download_whole(asked, info, arrived, waited, None)
+        self._deliver(Fetched(info, body), arrived)
+        return True
 
     async def _download_whole(
         self,
@@ -333,13 +450,13 @@ class Fetcher:
         arrived: asyncio.Future[Fetched],
         waited: float,
         most: int | None,
-    ) -> None:
+    ) -> bool:
         async with self.downloader.whole(info, allowance=-waited, most=most) as (served, body):
             self._deliver(Fetched(served, body), arrived)
             if self._cache is not None and self._admits(len(body)):
-                await self._publish(asked, served, body)
-            elif self._cache is not None:
-                self._count(uncached=1)
+                return await self._publish(asked, served, body)
+            self._count(uncached=int(self._cache is not None))
+            return False
 
     def _deliver(self, fetched: Fetched, arrived: asyncio.Future[Fetched]) -> None:
         self._done += 1
@@ -355,7 +472,13 @@ class Fetcher:
             return None
         run = partial(asyncio.get_running_loop().run_in_executor, self._writer)
         id = object_id(self._store.endpoint, info.bucket, info.key)
-        entry = await run(cache.begin, id, info.etag, info.size, self._tag)
+        beginning = run(cache.begin, id, info.etag, info.size, self._tag)
+        try:
+            entry = await asyncio.shield(beginning)
+        except asyncio.CancelledError:
+            await asyncio.wait([beginning])
+            _abandon(beginning)
+            raise
         if entry is None:
             return None
         try:
@@ -369,19 +492,32 @@ class Fetcher:
                 raise
             return None
 
-    def _landed(self, key: tuple[str, str, str | None], flight: Flight) -> None:
-        """Let go of a flight, and tell those who wait when it failed."""
+    def _landed(self, key: Key, flight: Flight) -> None:
+        """Let go of a flight, and tell those who wait when it failed; keep what was brought in advance for later."""
         del self._flights[key]
+        self._expected -= flight.size
+        self._ahead.release(flight.reserved)
         error = None if flight.task.cancelled() else flight.task.exception()
         if flight.arrived.done():
+            if flight.group is not None and not flight.task.cancelled() and error is None:
+                self._keep(key, flight, flight.group)
             return
         if error is None:
             error = DatasetClosed(f"s3://{key[0]}/{key[1]}: the dataset was closed before the object arrived")
-        else:
+        elif flight.group is None:
             self._failed += 1
             self._count(failures=1)
         flight.arrived.set_exception(error)
         flight.arrived.exception()  # read once, so that a failure nobody waits for is not logged as lost
+
+    def _keep(self, key: Key, flight: Flight, group: int) -> None:
+        fetched = flight.arrived.result()
+        if group == _NOBODY:
+            return
+        if flight.task.result():
+            self._on_early(fetched.info)
+        else:
+            self._ahead.keep(key[:2], fetched, len(fetched.body), group)
 
     def _count(self, **amounts: float) -> None:
         if self._counters is not None:
@@ -389,14 +525,14 @@ class Fetcher:
 
     # into the cache, off the loop, as many at once as have gathered
 
-    async def _publish(self, asked: ObjectInfo, info: ObjectInfo, body: bytes) -> None:
+    async def _publish(self, asked: ObjectInfo, info: ObjectInfo, body: bytes) -> bool:
         id = object_id(self._store.endpoint, info.bucket, info.key)
         entry = NewEntry(id, info.etag or "", body, first_seen=asked.etag is None)
-        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._unwritten.append((entry, written))
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write())
-        await written
+        return await written
 
     async def _write(self) -> None:
         assert self._cache is not None
@@ -405,17 +541,20 @@ class Fetcher:
             batch = self._next_batch()
             entries = [entry for entry, _ in batch]
             try:
-                stored = await loop.run_in_executor(self._writer, self._cache.put_many, entries, self._tag)
-            except Exception:  # the cache is advisory: whatever becomes of it, those who wait have their objects
-                stored = 0
-                _log.exception("objects could not be cached")
-            self._count(uncached=len(entries) - stored)
-            for _, written in batch:
+                stored = await loop.run_in_executor(self._writer, self._cache.put_each, entries, self._tag)
+            except (
+                Exception
+            ) as error:  # the cache is advisory: whatever becomes of it, those who wait have their objects
+                stored = [False] * len(entries)
+                if "cannot schedule new futures" not in str(error):  # the interpreter is about to end
+                    _log.exception("objects could not be cached")
+            self._count(uncached=stored.count(False))
+            for (_, written), there in zip(batch, stored, strict=True):
                 if not written.done():
-                    written.set_result(None)
+                    written.set_result(there)
 
-    def _next_batch(self) -> list[tuple[NewEntry, asyncio.Future[None]]]:
-        batch, size = list[tuple[NewEntry, asyncio.Future[None]]](), 0
+    def _next_batch(self) -> list[tuple[NewEntry, asyncio.Future[bool]]]:
+        batch, size = list[tuple[NewEntry, asyncio.Future[bool]]](), 0
         while self._unwritten and len(batch) < _BATCH_ENTRIES and size < _BATCH_BYTES:
             batch.append(self._unwritten.popleft())
             size += len(batch[-1][0].body)

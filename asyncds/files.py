@@ -5,12 +5,11 @@ import os
 import secrets
 from typing import NamedTuple
 
-from asyncds.folder import Folder
+from asyncds.folder import DIRECTORY, Folder
 
 __all__ = ["NewFile", "Written"]
 
 
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
@@ -43,11 +42,11 @@ class NewFile:
     def _opened_place(self) -> int:
         """The directory, made if need be; what is written must not go where a link leads."""
         try:
-            return os.open(self._place, _DIRECTORY)
+            return os.open(self._place, DIRECTORY)
         except FileNotFoundError:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self._place, 0o700)
-            return os.open(self._place, _DIRECTORY)
+            return os.open(self._place, DIRECTORY)
 
     def write(self, position: int, data: bytes) -> None:
         """Write these bytes there."""

@@ -16,15 +16,17 @@ Below the directory that the user names:
 import contextlib
 import json
 import os
+import re
 import secrets
+import shutil
 import sqlite3
 import stat
 import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
-from errno import EROFS
+from collections.abc import Callable, Iterator, Sequence
+from errno import EBUSY, EROFS
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,16 @@ from asyncds.index import DATABASE, FAULTS, FILE_NAME, Index, connect, is_damage
 from asyncds.locks import Locks
 from asyncds.mounts import network_filesystem
 
-__all__ = ["BLOCK", "FORMAT", "WRITING", "Folder", "read"]
+__all__ = ["BLOCK", "DIRECTORY", "FORMAT", "WRITING", "Folder", "read"]
 
 FORMAT = 1
 BLOCK = 4096
 WRITING = b"\0writing"
 """The lock that everyone shares who may leave files behind when killed. No file is called that."""
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_SECONDS_WITHOUT_WRITING = 30.0
+_SECONDS_OF_REPAIR = 5.0
+_VARIABLE = re.compile(r"\$(\w|\{)")
 _REPAIRING = b"\0repairing"
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by asyncds: may be deleted when no job runs.\n"
 _VOLUME = (
@@ -70,7 +76,10 @@ class Folder:
         self._writing = threading.Lock()
         self._reader: sqlite3.Connection | None = None
         self._index: Index | None = None
-        self._reads = self._writes = (0, 0)  # device and inode of the database that is open for each
+        self._reads = self._writes = self._prepared = (0, 0)  # device and inode of the database that is open for each
+        self._locked_until = 0.0
+        self._generation = self.datasets.generation
+        self.on_renewed: list[Callable[[], object]] = []
         self._noted = 0  # the process that has said that it writes
         self._prepare()
         _folders.add(self)
@@ -83,23 +92,45 @@ class Folder:
             return self._connected().execute(statement, values).fetchall()
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[Index]:
-        """The index, for one transaction that this process's threads take in turns."""
+    def transaction(self, *, wait: bool = True) -> Iterator[Index]:
+        """The index, for one transaction that this process's threads take in turns.
+
+        Somebody else's transaction is waited for 5 s, or not at all; where that was in vain, none is tried for half a
+        minute: whoever holds the lock for so long has been stopped.
+        """
         if self.read_only:
             raise OSError(EROFS, os.strerror(EROFS))
         with self._writing:
+            if time.monotonic() < self._locked_until:
+                raise OSError(EBUSY, "a process holds the index's lock, and stands still")
             index = self._opened()
-            index.disk.doomed.clear()
-            with index.transact():
-                yield index
-                for filename in index.disk.doomed:
-                    self.note_unlinking(filename)
-            for filename in index.disk.doomed:
-                self.unlink(filename)
+            try:
+                with index.transact(wait=wait):
+                    yield index
+            except sqlite3.OperationalError as error:
+                if wait and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                    self._locked_until = time.monotonic() + _SECONDS_WITHOUT_WRITING
+                raise
+
+    def drop(self, where: str, values: Sequence[object]) -> None:
+        """Remove rows, and their files after them."""
+        with self.transaction() as index:
+            files = index.execute(f"SELECT filename FROM Cache WHERE {where}", values).fetchall()
+            for (filename,) in files:
+                self.note_unlinking(filename)
+            index.execute(f"DELETE FROM Cache WHERE {where}", values)
+        for (filename,) in files:
+            self.unlink(filename)
 
     def volume(self) -> int:
         """Bytes on disk: the pages of the index, and files rounded up to blocks of 4 KiB."""
         ((size,),) = self.query(_VOLUME)
+        return int(size)
+
+    @staticmethod
+    def volume_of(index: Index) -> int:
+        """The same, within a transaction."""
+        ((size,),) = index.execute(_VOLUME).fetchall()
         return int(size)
 
     def disk(self) -> tuple[int, int]:
@@ -115,8 +146,8 @@ class Folder:
     def unlink(self, filename: object) -> None:
         """Delete the file that a row named, after the row, if the name is one that rows have."""
         if isinstance(filename, str) and FILE_NAME.fullmatch(filename):
-            with contextlib.suppress(OSError):
-                os.unlink(self.objects / filename)
+            with contextlib.suppress(OSError), _directory(f"{self.objects}/{filename[:2]}") as place:
+                os.unlink(filename[3:], dir_fd=place)
 
     def _connected(self) -> sqlite3.Connection:
         """The connection that reads; to be called while holding `_reading`."""
@@ -139,20 +170,31 @@ class Folder:
             self._index.close()
             self._index = None
         if self._index is None:
-            self._writes = identity
             self._index = Index(self.objects)
+            self._writes = identity
         return self._index
 
     def _identity(self) -> tuple[int, int]:
         """Device and inode of the database: another one, if somebody has replaced the folder; anew, if it is gone."""
         try:
-            status = os.stat(self.objects / DATABASE)
+            identity = _inode(self.objects / DATABASE)
         except FileNotFoundError:
-            for locks in (self.datasets, self.files, self.claims):
-                locks.renew()
-            self._prepare()
-            status = os.stat(self.objects / DATABASE)
-        return status.st_dev, status.st_ino
+            identity = (0, 0)
+        if identity != self._prepared:
+            self._prepare()  # what has come into its place is trusted no more than at first
+            self._renew()
+            identity = _inode(self.objects / DATABASE)
+        return identity
+
+    def _renew(self) -> None:
+        """Take again what was held in a folder that was deleted or replaced, where others can see it."""
+        self._noted = 0
+        for locks in (self.datasets, self.files, self.claims):
+            locks.renew()
+        if self._generation != self.datasets.generation:
+            self._generation = self.datasets.generation
+            for tell in self.on_renewed:
+                tell()
 
     def close(self) -> None:
         """Close the connections; the next use opens them again."""
@@ -164,11 +206,14 @@ class Folder:
             self._reader.close()
         if self._index is not None:
             self._index.close()
-        self._reader = None
+        self._reader = self._index = None
 
     # the layout
 
     def _prepare(self) -> None:
+        path = str(self.directory)
+        if _VARIABLE.search(path):
+            raise CacheError(f"{path} names a variable, which nobody has filled in: write the path itself")
         network = network_filesystem(self.directory)
         if network is not None:
             raise CacheError(
@@ -191,9 +236,12 @@ class Folder:
                 (self.directory / name).mkdir(mode=0o700, exist_ok=True)
             _remove_links(self.objects)
             _remove_links(self.directory / "locks")
-            if database.exists() and not is_trustworthy(database):
-                aside = self._set_aside()
-            os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            if database.exists() and not self._trusts(database):
+                aside = self._replaced(database)
+            with contextlib.suppress(FileExistsError):
+                # Only what was just made is closed: that drops all locks of this process on the file, SQLite's, too.
+                os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            self._prepared = _inode(database)
         except CacheError:
             raise
         except (OSError, sqlite3.Error) as error:
@@ -204,6 +252,26 @@ class Folder:
         if aside is not None:
             self._tell_of(aside)
 
+    @staticmethod
+    def _trusts(database: Path) -> bool:
+        try:
+            return is_trustworthy(database)
+        except sqlite3.Error:  # somebody moves it away in this moment, as damaged, and has made another one
+            time.sleep(0.1)
+            return not database.exists() or is_trustworthy(database)
+
+    def _replaced(self, database: Path) -> Path | None:
+        """Set a damaged index aside, unless somebody else does so."""
+        until = time.monotonic() + _SECONDS_OF_REPAIR
+        while not self.files.take(_REPAIRING):
+            if time.monotonic() > until:
+                raise OSError(EBUSY, "another process repairs it")
+            time.sleep(0.01)
+        try:
+            return None if not database.exists() or is_trustworthy(database) else self._set_aside()
+        finally:
+            self.files.release(_REPAIRING)
+
     def _prepare_to_read(self, database: Path) -> None:
         """Use a folder as it is: it must be there, and of this format."""
         self._check_owner()
@@ -213,6 +281,7 @@ class Folder:
             raise CacheError(f"{self.directory} holds no cache that can be read: set ASYNCDS_CACHE_DIR elsewhere")
         self.read_only = True
         self.datasets, self.files, self.claims = Locks(None), Locks(None), Locks(None)
+        self._prepared = _inode(database)
 
     def _check_owner(self) -> None:
         status = self.directory.stat()
@@ -326,6 +395,8 @@ class Folder:
 
     def _set_aside(self) -> Path:
         """Move the index away; the files that only it could name are litter from now on."""
+        for older in self.directory.glob("damaged-*"):  # one is kept, to be looked at
+            shutil.rmtree(older, ignore_errors=True)
         aside = self.directory / f"damaged-{secrets.token_hex(4)}"
         aside.mkdir(mode=0o700)
         for suffix in ("-wal", "-shm", ""):  # the database last: who finds it gone finds none of its log
@@ -356,6 +427,21 @@ class Folder:
         warnings.warn_explicit(message, UserWarning, "asyncds", 1)  # no line of code has caused it
 
 
+def _inode(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def _directory(path: str) -> Iterator[int]:
+    """A descriptor of a directory that is no link."""
+    descriptor = os.open(path, DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def _remove_links(folder: Path) -> list[str]:
     """Remove what asyncds never puts there: links, that lead outside, and pipes, that keep one waiting. Name them."""
     with os.scandir(folder) as entries:
@@ -381,24 +467,35 @@ def read(path: Path) -> str:
 
 _folders: weakref.WeakSet[Folder] = weakref.WeakSet()
 _forking = threading.Lock()
-_held: list[Folder] = []
+_held: list[threading.Lock] = []
+_inherited: list[object] = []
 
 
 def _before_fork() -> None:
-    _forking.acquire()
+    # What is acquired is noted at once: an interrupt here is swallowed by Python, and the fork goes on.
+    for lock in (_forking, *(lock for folder in list(_folders) for lock in (folder._reading, folder._writing))):
+        lock.acquire()
+        _held.append(lock)
     for folder in list(_folders):
-        folder._reading.acquire()
-        folder._writing.acquire()
-        folder._close()
-        _held.append(folder)
+        if folder._reading in _held and folder._writing in _held:
+            folder._close()
 
 
 def _after_fork() -> None:
     while _held:
-        folder = _held.pop()
-        folder._writing.release()
-        folder._reading.release()
-    _forking.release()
+        _held.pop().release()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+def _after_fork_in_child() -> None:
+    global _forking
+    for folder in list(_folders):
+        if folder._reading not in _held or folder._writing not in _held:  # an interrupt, while a writer was waited for
+            _inherited.append((folder._reader, folder._index))  # not to be used, nor closed: that would be SQLite's end
+            folder._reader = folder._index = None
+            folder._reading, folder._writing = threading.Lock(), threading.Lock()
+    if _forking not in _held:
+        _forking = threading.Lock()
+    _after_fork()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

@@ -4,7 +4,8 @@ import contextlib
 import re
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ __all__ = ["DATABASE", "FAULTS", "FILE_NAME", "Index", "connect", "is_damage", "
 
 DATABASE = diskcache.core.DBNAME
 FILE_NAME = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}\.obj")
-FAULTS = (OSError, sqlite3.Error, diskcache.Timeout, UnicodeDecodeError)  # the last: of names in a damaged schema
+FAULTS = (OSError, sqlite3.Error, UnicodeDecodeError)  # the last: of names in a damaged schema
 _FILE_INDEX = "Cache_filename"
 _TABLES = {"Cache", "Settings", "Cache_key_raw", "Cache_expire_time", "sqlite_autoindex_Settings_1", _FILE_INDEX}
 _TRIGGER = re.compile(
@@ -25,15 +26,23 @@ _TRIGGER = re.compile(
     r" FOR EACH ROW BEGIN UPDATE Settings SET value = value (?:[-+] 1|\+ NEW\.size(?: - OLD\.size)?|- OLD\.size)"
     r" WHERE key = \"(?:count|size)\"; END"
 )
-_ADD = (
-    "INSERT INTO Cache (key, raw, store_time, access_time, access_count, tag, size, mode, filename, value)"
-    f" VALUES (?, 1, ?, ?, 0, ?, ?, {diskcache.core.MODE_BINARY}, ?, ?)"
+_INSERT = (
+    "INSERT INTO Cache (key, raw, store_time, access_time, access_count, tag, size, mode, filename, value) VALUES "
+)
+_ROW = f"(?, 1, ?, ?, 0, ?, ?, {diskcache.core.MODE_BINARY}, ?, ?)"
+_UPSERT = (
     " ON CONFLICT (key, raw) DO UPDATE SET tag = excluded.tag, size = excluded.size, value = excluded.value"
     " WHERE filename IS NULL AND excluded.filename IS NULL"
 )
+_ADD = _INSERT + _ROW + _UPSERT
+_ROWS_AT_ONCE = 32  # of 7 variables each
+_ADD_MANY = _INSERT + ", ".join([_ROW] * _ROWS_AT_ONCE) + _UPSERT
+_PATIENCE_MS = 5000  # that a writer has with another one, which may have been stopped
 _DAMAGE = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR}  # the last: a table is not there
+_LACKS = ("no such table", "no such column", "malformed database schema", "has no column named")
 _BROKEN = {
-    *_DAMAGE,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_CORRUPT,
     sqlite3.SQLITE_CONSTRAINT,
     sqlite3.SQLITE_MISMATCH,
     sqlite3.SQLITE_READONLY,
@@ -50,18 +59,62 @@ _SETTINGS = {
 }
 
 
+class Index:
+    """The index, for writing: one connection, which any thread may use while it holds the owner's lock.
+
+    diskcache makes the database, its triggers keep the accounting. What else its own class does is not used: it stores
+    with one query and one statement per row, waits for a minute for a lock, expands variables in paths, and hides why
+    SQLite failed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not is_made(folder / DATABASE):
+            with diskcache.Cache(str(folder), disk=_Disk, **_SETTINGS) as made:
+                made._con.execute(
+                    f"CREATE INDEX IF NOT EXISTS {_FILE_INDEX} ON Cache (filename) WHERE filename IS NOT NULL"
+                )  # finds what no row names without reading the table; the last thing that is made
+        self._connection = connect(folder / DATABASE)
+
+    def execute(self, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
+        """Run a statement; several within `transact()`."""
+        return self._connection.execute(statement, values)
+
+    @contextlib.contextmanager
+    def transact(self, *, wait: bool = True) -> Iterator[None]:
+        """One transaction, undone if anything fails. Raises `sqlite3.OperationalError` where others hold the lock."""
+        self.execute(f"PRAGMA busy_timeout = {_PATIENCE_MS if wait else 0}")
+        self.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:  # SQLite has undone it already after some errors
+                self.execute("ROLLBACK")
+            raise
+
+    def add(self, written: Sequence[tuple[bytes, "Written"]], tag: str) -> None:
+        """Add rows, within `transact()`. A row that is there already stays, unless it has no file: then its value goes.
+
+        A statement is of many rows because the interpreter's lock is let go and taken again for each statement, also
+        by `executemany`.
+        """
+        now = time.time()
+        small = [(key, now, now, tag, w.size, None, w.value) for key, w in written if w.file is None]
+        whole = len(small) - len(small) % _ROWS_AT_ONCE
+        for start in range(0, whole, _ROWS_AT_ONCE):
+            self.execute(_ADD_MANY, list(chain.from_iterable(small[start : start + _ROWS_AT_ONCE])))
+        self._connection.executemany(_ADD, small[whole:])
+        for key, (size, file, _) in written:
+            if file is not None:
+                added = self.execute(_ADD, (key, now, now, tag, size, file.filename, None)).rowcount
+                file.named = bool(added)
+
+    def close(self) -> None:
+        self._connection.close()
+
+
 class _Disk(diskcache.Disk):  # type: ignore[misc]
-    """Serialization for diskcache that knows bytes only: nothing is ever pickled or unpickled."""
-
-    def __init__(self, directory: str, **settings: Any) -> None:
-        super().__init__(directory, **settings)
-        self.doomed: list[object] = []
-
-    def put(self, key: bytes) -> tuple[memoryview, bool]:
-        return sqlite3.Binary(key), True
-
-    def get(self, key: bytes, raw: object) -> bytes:
-        return bytes(key)
+    """diskcache makes a database with this, and nothing else: values are stored and read by asyncds."""
 
     def store(self, value: object, read: bool, key: object = None) -> Any:
         raise TypeError("values are stored by `Index.add` only")
@@ -69,54 +122,13 @@ class _Disk(diskcache.Disk):  # type: ignore[misc]
     def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> Any:
         raise TypeError("values are read, and checked, by asyncds.cache.Cache only")
 
-    def remove(self, file_path: object) -> None:
-        self.doomed.append(file_path)  # diskcache would delete it before the transaction ends, in which its row goes
-
-
-class Index(diskcache.Cache):  # type: ignore[misc]
-    """diskcache with one connection, which any thread may use while it holds the owner's lock."""
-
-    _connection: sqlite3.Connection | None = None
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder), timeout=10, disk=_Disk, **_SETTINGS)
-        self._con.execute(
-            f"CREATE INDEX IF NOT EXISTS {_FILE_INDEX} ON Cache (filename) WHERE filename IS NOT NULL"
-        )  # finds what no row names without reading the table
-
-    def execute(self, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
-        """Run a statement; several within `transact()`."""
-        return self._con.execute(statement, values)
-
-    def add(self, written: Sequence[tuple[bytes, "Written"]], tag: str) -> None:
-        """Add rows, within `transact()`. A row that is there already stays, unless it has no file: then its value goes.
-
-        diskcache's own `set` is one query and one statement per row, which takes twice as long.
-        """
-        now = time.time()
-        small = [(key, now, now, tag, w.size, None, w.value) for key, w in written if w.file is None]
-        self._con.executemany(_ADD, small)
-        for key, (size, file, _) in written:
-            if file is not None:
-                added = self._con.execute(_ADD, (key, now, now, tag, size, file.filename, None)).rowcount
-                file.named = bool(added)
-
-    @property
-    def _con(self) -> sqlite3.Connection:
-        if self._connection is None:
-            self._connection = connect(Path(self._directory) / DATABASE)
-        return self._connection
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     """Open the database; `read_only` in a folder that cannot be written, where SQLite can make neither log nor lock."""
-    place = f"{path.absolute().as_uri()}?immutable=1" if read_only else path
-    connection = sqlite3.connect(place, uri=read_only, timeout=10, isolation_level=None, check_same_thread=False)
+    place = (
+        f"{path.absolute().as_uri()}?{'immutable=1' if read_only else 'mode=rw'}"  # none is made where there is none
+    )
+    connection = sqlite3.connect(place, uri=True, timeout=10, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA trusted_schema = 0")
     connection.execute("PRAGMA synchronous = 1")  # like the others per connection; without it commits wait for the disk
     return connection
@@ -154,4 +166,9 @@ def is_damage(error: Exception) -> bool:
     """Whether SQLite says that the database is none, or broken: all that it finds fault with is ours alone."""
     if isinstance(error, UnicodeDecodeError):
         return True
-    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 1) & 0xFF in _BROKEN
+    code = getattr(error, "sqlite_errorcode", None)
+    if not isinstance(error, sqlite3.Error):
+        return False
+    if code is None:  # Python's own
+        return "Could not decode" in str(error)
+    return code & 0xFF in _BROKEN or (code == sqlite3.SQLITE_ERROR and any(text in str(error) for text in _LACKS))

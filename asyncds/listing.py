@@ -63,6 +63,7 @@ class Table:
         manifest = self.manifest()
         if not self.path.exists():
             try:
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # the cache may have been deleted meanwhile
                 manifest.save(self.path)
             except OSError as error:
                 raise CacheError(f"{self.path}: the table cannot be saved for workers ({error.strerror})") from None
@@ -178,7 +179,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _prune(folder: Path) -> None:
     """Delete what runs left that were killed, a week later."""
-    for path in [*folder.glob("manifests/run-*"), *folder.glob("stats/*")]:
+    for path in [*folder.glob("manifests/run-*"), *folder.glob("manifests/.*"), *folder.glob("stats/*")]:
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _KEPT_S:
                 path.unlink()

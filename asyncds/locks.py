@@ -28,9 +28,11 @@ class Locks:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # the garbage collector may come by, and release something
         self._descriptor = -1
         self._pid = 0
+        self.generation = 0  # how often everything that was held has been lost
+        _all.add(self)
         self._held: dict[int, int] = {}  # offset: how many share it in this process; -1 for one who has it alone
 
     @classmethod
@@ -73,9 +75,17 @@ class Locks:
                 self._lock(fcntl.LOCK_UN, offset)
 
     def renew(self) -> None:
-        """Begin with a new file, where the old one was deleted: whoever comes new would not see its locks."""
+        """Begin with a new file, where the old one was deleted or replaced: whoever comes new would not see
+        its locks. Nothing is held then, and `generation` has grown.
+        """
         with self._guard:
+            if self._descriptor < 0 or self.path is None:
+                return
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(self._descriptor), os.stat(self.path)):
+                    return
             self._descriptor, self._held = -1, {}  # the old one is closed together with this object
+            self.generation += 1
 
     def _mine(self) -> dict[int, int]:
         """What this process holds: nothing, after a fork, though it has the descriptor."""
@@ -100,14 +110,15 @@ def _offset(name: bytes) -> int:
 
 
 _making = threading.Lock()
+_all: weakref.WeakSet[Locks] = weakref.WeakSet()
 _known: weakref.WeakValueDictionary[str, Locks] = weakref.WeakValueDictionary()
 
 
 def _unlock_in_child() -> None:
     global _making
     _making = threading.Lock()
-    for locks in list(_known.values()):
-        locks._guard = threading.Lock()
+    for locks in list(_all):
+        locks._guard = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_unlock_in_child)

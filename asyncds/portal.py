@@ -1,6 +1,7 @@
 """One event loop in one thread per process, for synchronous code that needs asynchronous work done."""
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Coroutine, Hashable
@@ -77,6 +78,11 @@ class Portal:
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine on the loop, and return a future of its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def post(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call a function on the loop soon; nobody waits for it. Does nothing once the loop has ended."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *arguments)
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop and wait for it.

@@ -4,6 +4,7 @@ import difflib
 import math
 import multiprocessing
 import os
+import stat
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,6 +59,15 @@ def _size(value: object) -> object:
     return int(share)
 
 
+def _number(value: object) -> object:
+    """`"100"` and 100 as a count, an int; `"0.01"` and `"1%"` as a share, a float below 1."""
+    text = str(value).strip()
+    number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    if not math.isfinite(number) or (number >= 1 and not number.is_integer()):
+        raise ValueError("a count, or a share below 1")
+    return number if 0 < number < 1 else int(number)
+
+
 def _directory(value: object) -> Path:
     if not isinstance(value, str | Path) or not str(value):
         raise ValueError("not a path")
@@ -70,11 +80,20 @@ def _default_directory() -> Path:
     network = network_filesystem(usual)
     for name in ("SLURM_TMPDIR", "TMPDIR") if network is not None else ():
         place = os.environ.get(name)
-        if place and network_filesystem(Path(place)) is None:
+        if place and network_filesystem(Path(place)) is None and _private(place):
             message = f"{usual} lies on a network filesystem ({network}): the cache is in {name}={place}"
             warnings.warn_explicit(f"{message}; set ASYNCDS_CACHE_DIR to choose", UserWarning, "asyncds", 1)
             return Path(place)
     return usual
+
+
+def _private(place: str) -> bool:
+    """Whether only this user can put something there: not a directory of all, such as /tmp."""
+    try:
+        status = os.stat(place)
+    except OSError:
+        return False
+    return status.st_uid == os.geteuid() and not status.st_mode & stat.S_IWOTH
 
 
 class Options(TypedDict):
@@ -86,6 +105,8 @@ class Options(TypedDict):
     cache_read_only: NotRequired[bool]
     admit: NotRequired[Literal["first", "smallest"]]
     strict: NotRequired[bool]
+    on_error: NotRequired[Literal["raise", "replace", "skip"]]
+    max_failures: NotRequired[int | float]
     timeout: NotRequired[float]
     deadline: NotRequired[float]
     first_contact: NotRequired[float]
@@ -122,6 +143,12 @@ class Settings(BaseSettings):
         "first", description="which objects a cache that is too small keeps: those that come first, or the smallest"
     )
     strict: bool = Field(False, description="raise where the cache fails, instead of going on without it")
+    on_error: Literal["raise", "replace", "skip"] = Field(
+        "raise", description="what becomes of a sample that cannot be had: an error, another sample, or none"
+    )
+    max_failures: Annotated[int | float, BeforeValidator(_number)] = Field(
+        100, ge=0, description="samples that may be replaced or skipped: a number, or a share of the dataset below 1"
+    )
     timeout: float = Field(10.0, gt=0, le=3600, description="seconds without progress that end an attempt")
     deadline: float = Field(60.0, gt=0, le=86400, description="seconds for one object, with its retries")
     first_contact: float = Field(5.0, gt=0, le=3600, description="seconds for an endpoint to answer for the first time")

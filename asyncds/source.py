@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import operator
 import os
 import shutil
 import sys
@@ -19,10 +20,10 @@ from typing import Any
 from uuid import uuid4
 
 from asyncds.cache import Cache, largest_that_fits
-from asyncds.download import Memory
+from asyncds.download import Memory, Slots
 from asyncds.entry import object_id
 from asyncds.errors import CacheError, DatasetClosed
-from asyncds.fetcher import Fetched, Fetcher, lookup, resident
+from asyncds.fetcher import Fetched, Fetcher, identify, lookup, resident
 from asyncds.listing import Labeller, Table, list_prefix
 from asyncds.manifest import KeyFilter, Manifest, ObjectInfo, parse_uri
 from asyncds.portal import Portal
@@ -39,6 +40,7 @@ __all__ = ["Arrivals", "Source", "StoreRecipe"]
 _FIRST_TO_CLOSE, _LAST_TO_CLOSE = 100, 90
 _SECONDS_BETWEEN_CHECKS = 5.0
 _LOOKUP = 1000
+_MOST_EARLY = 100_000
 # The defaults of s3torchconnector's S3ClientConfig: a value that equals them was not chosen.
 _CRT_GBPS, _CRT_ATTEMPTS = 10.0, 10
 
@@ -159,6 +161,25 @@ class Arrivals:
         return self._early.pop(position)
 
 
+class _Early:
+    """Objects that were brought into the cache in advance, and not asked for since. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self.objects = set[tuple[str, str]]()
+
+    def add(self, info: ObjectInfo) -> None:
+        if len(self.objects) >= _MOST_EARLY:  # those whom nobody asked for in the end
+            self.objects.clear()
+        self.objects.add((info.bucket, info.key))
+
+    def count(self, infos: Sequence[ObjectInfo], found: Sequence[Fetched | None]) -> int:
+        """How many of the objects that were found are among them. They are taken out."""
+        asked = {(info.bucket, info.key) for info, there in zip(infos, found, strict=True) if there is not None}
+        hits = asked & self.objects
+        self.objects -= hits
+        return len(hits)
+
+
 class _Runtime:
     """The live handles of one process. Made lazily, never pickled, not carried across a fork."""
 
@@ -182,9 +203,10 @@ class _Runtime:
             retry=retry,
             tag=source.tag,
             counters=source_counters,
-            slots=self.portal.shared(concurrency, lambda: asyncio.Semaphore(concurrency)),
+            slots=self.portal.shared(concurrency, lambda: Slots(concurrency)),
             memory=self.portal.shared(Memory, Memory),
             admits=partial(Source.admits, weakref.proxy(source)) if settings.admit == "smallest" else None,
+            on_early=source.early.add,
         )
         self.close = util.Finalize(None, self._shut, exitpriority=_FIRST_TO_CLOSE)
         weakref.finalize(source, self._dropped).atexit = False
@@ -243,6 +265,7 @@ class Source:
                 (place / part).mkdir(mode=0o700)
         notices = place / "stats" / name
         self.counters = Counters(notices)
+        self.early = _Early()
         self._uri = uri
         self.table = Table(
             place / "manifests",
@@ -259,7 +282,10 @@ class Source:
         self._closed = False
         self._smallest: int | None = None
         self._final: dict[str, float] | None = None
-        self._litter = [self.table.path, notices, notices.with_suffix(".full"), notices.with_suffix(".fault")]
+        self._final_latencies: list[float] | None = None
+        self._failures = notices.with_suffix(".failures")
+        said = [notices.with_suffix(f".{kind}") for kind in ("full", "fault", "failure")]
+        self._litter = [self.table.path, notices, self._failures, *said]
         if self.table.lock.stem == self.table.path.stem:
             self._litter.append(self.table.lock)
         if self.cache.read_only:
@@ -311,9 +337,11 @@ class Source:
         """Look up a batch in the cache, in the calling thread; see `fetcher.lookup`."""
         if self._closed:
             raise DatasetClosed(f"{self._uri}: the dataset was closed; make a new one")
-        found = lookup(self.cache, self.endpoint, infos)
+        known, found = lookup(self.cache, self.endpoint, infos, self.tag)
         self.insist()
-        return found
+        if self.early.objects:
+            self.counters.add(prefetch_hits=self.early.count(known, found))
+        return known, found
 
     def insist(self) -> None:
         """Raise `CacheError` if the cache has failed in this process, and `strict` does not let it go at that."""
@@ -326,8 +354,47 @@ class Source:
         if self.settings.admit == "smallest":
             self.admits(0)  # which takes time at first: here, not on the loop
         arrivals = Arrivals(runtime.portal)
-        runtime.portal.start(_serve(runtime.fetcher, infos, arrivals))
+        # Not as a task, which would begin a turn later: what is waited for goes before what is only expected.
+        runtime.portal.post(_serve, runtime.fetcher, infos, arrivals)
         return arrivals
+
+    def note_failure(self, error: Exception, samples: int) -> None:
+        """Write a failure down that is let pass, and warn once; raise it where there were too many in this run."""
+        limit = self.settings.max_failures
+        allowed = int(limit * samples) if isinstance(limit, float) else limit
+        text = "; ".join(" ".join(f"{part}".split()) for part in (error, *getattr(error, "__notes__", ())))
+        with contextlib.suppress(OSError), open(_private_file(self._failures), "a", encoding="utf-8") as file:
+            file.write(f"{type(error).__name__}: {text}\n")
+        if len(self.failures()) > allowed:
+            error.add_note(f"more than max_failures={limit} samples have failed in this run")
+            raise error
+        self.cache.say_once("failure", f"a sample was left out or replaced, as on_error says ({text})")
+
+    def failures(self) -> list[str]:
+        """One line for each failure that was let pass in this run."""
+        try:
+            return self._failures.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return []
+
+    def prefetch(self, infos: Sequence[ObjectInfo], group: int, *, alone: bool) -> None:
+        """Bring what is not cached of these objects, after all that is waited for.
+
+        What was to be brought for a group can be forgotten; with `alone`, all other groups are.
+        """
+        known, keys = identify(self.cache, self.endpoint, infos)
+        present = self.cache.present([key for key in keys if key is not None])
+        missing = [info for info, key in zip(known, keys, strict=True) if key not in present]
+        if missing:
+            runtime = self.runtime()
+            if alone:
+                runtime.portal.post(runtime.fetcher.forget, partial(operator.ne, group))
+            runtime.portal.post(runtime.fetcher.prefetch, missing, group)
+
+    def forget(self, group: int) -> None:
+        """Drop what was to be brought for this group, and is not under way; in the process that asked for it."""
+        if self._runtimes and self._runtimes[-1].pid == os.getpid():
+            self._runtimes[-1].portal.post(self._runtimes[-1].fetcher.forget, partial(operator.eq, group))
 
     def warm(self, *, progress: bool = True) -> WarmReport:
         """Bring everything that is not cached into the cache; interrupted, it keeps what arrived.
@@ -337,7 +404,7 @@ class Source:
         manifest, runtime = self.manifest, self.runtime()
         admits = self.admits if self.settings.admit == "smallest" else lambda size: True
         admits(0)
-        missing = Missing(self.cache, self.endpoint, manifest, admits)
+        missing = Missing(self.cache, self.endpoint, manifest, admits, self.tag)
         with progress_bar(f"warming {self._uri}", len(manifest), show=progress) as advance:
             report = runtime.portal.call(warm(runtime.fetcher, missing, self.counters, advance))
         self.insist()
@@ -359,7 +426,8 @@ class Source:
             infos = manifest[start : start + _LOOKUP]
             present = resident(self.cache, self.endpoint, infos)
             own += sum(info.size or 0 for info, there in zip(infos, present, strict=True) if there)
-        largest = largest_that_fits(manifest.sizes, self.cache.room() + own)
+        room = self.cache.make_room(int(manifest.sizes[manifest.sizes > 0].sum()) - own, self.tag)
+        largest = largest_that_fits(manifest.sizes, room + own)
         return sys.maxsize if largest is None else largest
 
     @property
@@ -373,6 +441,10 @@ class Source:
         counted = self._final if self._final is not None else self.counters.total()
         return counted | {reason: left_out.get(reason, 0) for reason in ("markers", "filtered")}
 
+    def latencies(self) -> list[float]:
+        """How many requests took how long, for `stats.percentiles`."""
+        return self._final_latencies if self._final_latencies is not None else self.counters.latencies()
+
     def close(self) -> None:
         """Cancel what is under way, close connections and delete this run's files. Calling it again does nothing."""
         if self._closed:
@@ -380,7 +452,7 @@ class Source:
         self._closed = True
         if self._runtimes and self._runtimes[-1].pid == os.getpid():
             self._runtimes[-1].close()
-        self._final = self.counters.total()
+        self._final, self._final_latencies = self.counters.total(), self.counters.latencies()
         self._release()
         self.cache.close()
         if os.getpid() == self.table.owner:
@@ -404,7 +476,7 @@ class Source:
             )
 
 
-async def _serve(fetcher: Fetcher, infos: Sequence[ObjectInfo], arrivals: Arrivals) -> None:
+def _serve(fetcher: Fetcher, infos: Sequence[ObjectInfo], arrivals: Arrivals) -> None:
     """Deliver each object when it arrives, and word when all are settled."""
     try:
         flights = [fetcher.start(info) for info in infos]
@@ -414,8 +486,19 @@ async def _serve(fetcher: Fetcher, infos: Sequence[ObjectInfo], arrivals: Arriva
         return
     for position, flight in enumerate(flights):
         flight.arrived.add_done_callback(partial(_deliver, arrivals, position))
-    await asyncio.wait([flight.task for flight in flights])
-    arrivals.put(-1, None)
+    unsettled = {flight.task for flight in flights}
+
+    def settle(task: asyncio.Task[bool]) -> None:
+        unsettled.discard(task)
+        if not unsettled:
+            arrivals.put(-1, None)
+
+    for task in list(unsettled):
+        task.add_done_callback(settle)
+
+
+def _private_file(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def _deliver(arrivals: Arrivals, position: int, arrived: asyncio.Future[Fetched]) -> None:

@@ -1,14 +1,18 @@
 """Counters of a dataset that sum over the process that made it and all of its workers, also those that were killed."""
 
+import bisect
 import fcntl
+import itertools
+import math
 import mmap
 import os
 import struct
 import threading
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["COUNTERS", "Counters"]
+__all__ = ["COUNTERS", "Counters", "percentiles"]
 
 COUNTERS = (
     "samples",  # returned to the loader
@@ -18,12 +22,21 @@ COUNTERS = (
     "bytes",  # of these
     "retries",  # attempts after a first one
     "failures",  # objects that could not be had
+    "replaced",  # samples that could not be had, in whose place another one was returned
+    "skipped",  # samples that could not be had, and were left out
     "uncached",  # objects that the cache did not take
+    "prefetch_hits",  # samples whose bytes had arrived in advance when they were asked for
     "blocked_s",  # seconds in which a caller waited for bytes
     "transform_s",  # seconds in transforms
 )
 _PAGE = mmap.PAGESIZE
-_VALUES = struct.Struct(f"<Q{len(COUNTERS)}d")
+_BUCKETS, _FASTEST, _GROWTH = (
+    64,
+    0.0005,
+    1.2,
+)  # of latencies: the first is up to half a millisecond, the last above 40 s
+_VALUES = struct.Struct(f"<Q{len(COUNTERS) + _BUCKETS}d")
+_VALUE = struct.Struct("<d")
 
 
 class Counters:
@@ -38,7 +51,7 @@ class Counters:
         self._lock = threading.Lock()
         self._pid = 0
         self._page: mmap.mmap | None = None
-        self._values = [0.0] * len(COUNTERS)
+        self._values = [0.0] * (len(COUNTERS) + _BUCKETS)
         _counters.add(self)
 
     def __reduce__(self) -> tuple[type["Counters"], tuple[Path]]:
@@ -47,16 +60,38 @@ class Counters:
     def add(self, **amounts: float) -> None:
         """Add to the counters of this process."""
         with self._lock:
-            if self._pid != os.getpid():
-                self._pid, self._values, self._page = os.getpid(), [0.0] * len(COUNTERS), self._new_page()
+            self._begin()
             for name, amount in amounts.items():
                 self._values[_PLACE[name]] += amount
             if self._page is not None:
                 _VALUES.pack_into(self._page, 0, self._pid, *self._values)
 
+    def observe(self, seconds: float) -> None:
+        """Count a request that took so long."""
+        bucket = math.ceil(math.log(max(seconds, _FASTEST) / _FASTEST, _GROWTH))
+        place = len(COUNTERS) + min(_BUCKETS - 1, bucket)
+        with self._lock:
+            self._begin()
+            self._values[place] += 1
+            if self._page is not None:
+                _VALUE.pack_into(self._page, _VALUE.size * (1 + place), self._values[place])
+
+    def _begin(self) -> None:
+        if self._pid != os.getpid():
+            self._pid, self._page = os.getpid(), self._new_page()
+            self._values = [0.0] * (len(COUNTERS) + _BUCKETS)
+
     def total(self) -> dict[str, float]:
         """Sum over all processes; whole numbers are ints."""
-        sums = [0.0] * len(COUNTERS)
+        sums = self._sums()[: len(COUNTERS)]
+        return {name: s if name.endswith("_s") else int(s) for name, s in zip(COUNTERS, sums, strict=True)}
+
+    def latencies(self) -> list[float]:
+        """How many requests of all processes took how long; see `percentiles`."""
+        return self._sums()[len(COUNTERS) :]
+
+    def _sums(self) -> list[float]:
+        sums = [0.0] * (len(COUNTERS) + _BUCKETS)
         try:
             pages = self.path.read_bytes()
         except OSError:
@@ -66,7 +101,7 @@ class Counters:
             sums = [total + value for total, value in zip(sums, values, strict=True)]
         if self._page is None and self._pid == os.getpid():
             sums = [total + value for total, value in zip(sums, self._values, strict=True)]
-        return {name: s if name.endswith("_s") else int(s) for name, s in zip(COUNTERS, sums, strict=True)}
+        return sums
 
     def _new_page(self) -> mmap.mmap | None:
         try:
@@ -80,6 +115,21 @@ class Counters:
                 os.close(descriptor)
         except OSError:
             return None
+
+
+def percentiles(latencies: Sequence[Sequence[float]]) -> dict[str, float]:
+    """`latency_p50_s`, `latency_p90_s` and `latency_p99_s` of what was counted, to within a tenth; 0.0 of nothing."""
+    counts = [sum(bucket) for bucket in zip(*latencies, strict=True)]
+    reached, total = list(itertools.accumulate(counts)), sum(counts)
+    return {
+        f"latency_p{percent}_s": _middle(bisect.bisect_left(reached, total * percent / 100)) if total else 0.0
+        for percent in (50, 90, 99)
+    }
+
+
+def _middle(bucket: int) -> float:
+    """Seconds in the middle of a bucket, of which each begins where the one before ends."""
+    return float(_FASTEST * _GROWTH ** (bucket - 0.5))
 
 
 def _unlock_in_child() -> None:

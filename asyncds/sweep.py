@@ -74,7 +74,7 @@ class Sweeper:
             folder.files.release(_SWEEPING)
 
     def _swept(self, place: Path) -> int:
-        if place.is_symlink():
+        if place.is_symlink() or not place.is_dir():
             return 0
         with os.scandir(place) as entries:
             names = [f"{place.name}/{entry.name}" for entry in entries if entry.is_file(follow_symlinks=False)]

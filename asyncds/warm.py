@@ -43,7 +43,9 @@ class Missing:
     Those that the cache has no room for, or that `admits` does not want, are left out, and counted in `unfit`.
     """
 
-    def __init__(self, cache: Cache, endpoint: str, manifest: Manifest, admits: Callable[[int], bool]) -> None:
+    def __init__(
+        self, cache: Cache, endpoint: str, manifest: Manifest, admits: Callable[[int], bool], tag: str = ""
+    ) -> None:
         self.total = len(manifest)
         self.resident = 0
         self.unfit = 0
@@ -51,13 +53,15 @@ class Missing:
         self._endpoint = endpoint
         self._manifest = manifest
         self._admits = admits
+        self._tag = tag
 
     def __iter__(self) -> Iterator[ObjectInfo]:
         for start in range(0, self.total, _LOOKUP):
             infos = self._manifest[start : start + _LOOKUP]
             present = resident(self._cache, self._endpoint, infos)
             self.resident += sum(present)
-            room = self._cache.room()
+            needed = sum(info.size or 0 for info, there in zip(infos, present, strict=True) if not there)
+            room = self._cache.make_room(needed, self._tag)
             for info, there in zip(infos, present, strict=True):
                 if there:
                     continue

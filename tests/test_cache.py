@@ -825,7 +825,7 @@ def test_room_is_kept_for_what_is_arriving_in_parts(tmp_path):
 
 def test_row_that_another_process_has_removed_meanwhile_is_not_damaged(cache, monkeypatch):
     _, keys = stored(cache, b"b" * BIG)
-    seen = cache._folder.query("SELECT key, filename, value FROM Cache")
+    seen = cache._folder.query("SELECT key, filename, value, tag FROM Cache")
     cache.remove(keys)
     with monkeypatch.context() as patch:
         patch.setattr(cache._folder, "query", lambda *_: seen)
@@ -875,7 +875,7 @@ def test_file_that_is_being_written_is_no_litter(cache, monkeypatch):
 
     def sweeping(self, written, tag):
         swept.append((self.sweep(), self.check()))
-        commit(self, written, tag)
+        return commit(self, written, tag)
 
     monkeypatch.setattr(Cache, "commit", sweeping)
     _, keys = stored(cache, b"b" * BIG)
@@ -889,7 +889,7 @@ def write_and_wait(cache, written, go_on):
     def waiting(self, *values):
         written.set()
         assert go_on.wait(20)
-        commit(self, *values)
+        return commit(self, *values)
 
     with patch.object(Cache, "commit", waiting):
         stored(cache, b"b" * BIG)
@@ -1017,6 +1017,7 @@ def test_filesystem_of_a_network_is_recognised(tmp_path, monkeypatch, path, kind
 
 def test_cache_on_a_network_filesystem_is_refused_if_named_and_moved_if_not(tmp_path, monkeypatch):
     mounts, local = tmp_path / "mountinfo", tmp_path / "local"
+    local.mkdir(mode=0o700)
     mounts.write_text(f"1 0 0:1 / / rw - nfs4 x rw\n2 1 0:2 / {local} rw - ext4 x rw\n")
     monkeypatch.setattr("asyncds.mounts._MOUNTS", mounts)
     with pytest.raises(CacheError, match=r"network filesystem \(nfs4\).*ASYNCDS_CACHE_DIR"):
@@ -1026,6 +1027,9 @@ def test_cache_on_a_network_filesystem_is_refused_if_named_and_moved_if_not(tmp_
     monkeypatch.setenv("TMPDIR", os.fspath(local))
     with pytest.warns(UserWarning, match="ASYNCDS_CACHE_DIR"):
         assert Settings().cache_dir == local
+    local.chmod(0o777)  # a directory of all, where a name can be taken by others
+    with pytest.raises(CacheError, match="network filesystem"):
+        Cache(Settings().cache_dir)
     monkeypatch.setenv("TMPDIR", os.fspath(tmp_path / "elsewhere"))
     with pytest.raises(CacheError, match="network filesystem"):
         Cache(Settings().cache_dir)

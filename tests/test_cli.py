@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from asyncds.cache import Cache
+from asyncds.entry import NewEntry
 from asyncds.settings import Settings
 from asyncds.testing import Fault, S3Server
 
@@ -147,8 +149,22 @@ def test_verify_finds_and_mends(bucket, tmp_path):
     assert run("verify")[0] == 0
 
 
-def test_verify_of_what_is_no_cache(tmp_path):
+@pytest.mark.parametrize("name", ["file", "misspelt"])
+def test_verify_of_what_is_no_cache(tmp_path, name):
     (tmp_path / "file").touch()
-    code, _, errors = run("verify", "--cache-dir", str(tmp_path / "file"))
+    code, _, errors = run("verify", "--cache-dir", str(tmp_path / name))
     assert (code, len(errors.splitlines())) == (1, 1)
-    assert "cannot be used as a cache" in errors
+    assert f"{name}: there is no cache here" in errors
+    assert not (tmp_path / "misspelt").exists()
+
+
+def test_verify_of_a_damaged_index_touches_it_only_with_fix(tmp_path):
+    cache = Cache(tmp_path)
+    assert cache.put_many([NewEntry(bytes(16), "v1", b"x")]) == 1
+    cache.close()
+    database = cache.directory / "objects" / "cache.db"
+    database.write_bytes(b"garbage")
+    code, _, errors = run("verify", "--cache-dir", str(tmp_path))
+    assert (code, "cache.db: the index is damaged; --fix" in errors, database.read_bytes()) == (1, True, b"garbage")
+    code, output, errors = run("verify", "--fix", "--cache-dir", str(tmp_path))
+    assert (code, "0 entries" in output, "was damaged: it was moved to" in errors) == (0, True, True)

@@ -64,11 +64,11 @@ class SlowCache(Cache):
         super().__init__(directory)
         self.gate, self.writing, self.batches = threading.Event(), threading.Event(), []
 
-    def put_many(self, entries, tag=""):
+    def put_each(self, entries, tag=""):
         self.writing.set()
         assert self.gate.wait(20)
         self.batches.append(len(entries))
-        return super().put_many(entries, tag)
+        return super().put_each(entries, tag)
 
 
 @dataclass
@@ -563,7 +563,7 @@ async def test_failures_are_counted(tmp_path):
 
 
 class BrokenCache(Cache):
-    def put_many(self, entries, tag=""):
+    def put_each(self, entries, tag=""):
         raise RuntimeError("a fault that nobody thought of")
 
 

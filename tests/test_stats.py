@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from asyncds.stats import COUNTERS, Counters
+from asyncds.stats import COUNTERS, Counters, percentiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -133,3 +133,23 @@ def test_page_has_its_place_on_disk_before_it_is_mapped(counters, monkeypatch):
     monkeypatch.setattr("asyncds.stats.mmap.mmap", mapped)
     count(counters, 1)
     assert [status.st_blocks * 512 >= status.st_size > 0 for status in seen] == [True]
+
+
+def test_percentiles_of_latencies_are_right_to_within_a_tenth_over_processes(counters, child):
+    seconds = [0.010] * 60 + [0.050] * 32 + [0.4] * 8
+    for second in seconds[::2]:
+        counters.observe(second)
+    child("fork", lambda: [counters.observe(second) for second in seconds[1::2]])
+    assert sum(counters.latencies()) == 100
+    found = percentiles([counters.latencies()])
+    for name, right in (("latency_p50_s", 0.010), ("latency_p90_s", 0.050), ("latency_p99_s", 0.4)):
+        assert right / 1.1 <= found[name] <= right * 1.1
+    twice = percentiles([counters.latencies(), counters.latencies()])
+    assert twice == found
+    assert set(percentiles([[0.0] * len(counters.latencies())]).values()) == {0.0}
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-9, 0.0005, 59.0, 1e6])
+def test_no_latency_is_lost(counters, seconds):
+    counters.observe(seconds)
+    assert sum(counters.latencies()) == 1

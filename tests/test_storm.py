@@ -275,9 +275,9 @@ def compete(place):
     """Store what another stores between one's look and one's transaction."""
     rename = os.rename
 
-    def late(*names):
+    def late(*names, **places):
         os.rename = rename
-        rename(*names)
+        rename(*names, **places)
         assert Cache(place).put_many(some("more", 2)) == 4
 
     os.rename = late

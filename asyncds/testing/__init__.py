@@ -4,6 +4,16 @@ from asyncds.testing.fake import FakeStore
 from asyncds.testing.faults import Fault
 from asyncds.testing.local import LocalS3, local_s3
 from asyncds.testing.proxy import LatencyProxy, ProxyStats
-from asyncds.testing.server import S3Server, ServerStats
+from asyncds.testing.server import LogNormal, S3Server, ServerStats
 
-__all__ = ["FakeStore", "Fault", "LatencyProxy", "LocalS3", "ProxyStats", "S3Server", "ServerStats", "local_s3"]
+__all__ = [
+    "FakeStore",
+    "Fault",
+    "LatencyProxy",
+    "LocalS3",
+    "LogNormal",
+    "ProxyStats",
+    "S3Server",
+    "ServerStats",
+    "local_s3",
+]

@@ -21,7 +21,8 @@ _LINGER_RESET = struct.pack("ii", 1, 0)
 class Handler(Protocol):
     """What a connection needs of its server."""
 
-    latency: float
+    def delay(self) -> float:
+        """Seconds for which the next answer waits."""
 
     def opened(self, connection: "Connection") -> None: ...
 
@@ -143,7 +144,7 @@ class Connection(asyncio.Protocol):
         self._busy = True
         self._closes = not request.keeps_alive
         fault = self._handler.begin(request)
-        delay = self._handler.latency + (fault.delay_s if fault else 0.0)
+        delay = self._handler.delay() + (fault.delay_s if fault else 0.0)
         if delay > 0:
             self._later(delay, self._reply, request, fault)
         else:

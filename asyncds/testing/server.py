@@ -1,11 +1,14 @@
 """A fast S3 server that fails on purpose and counts what it is asked."""
 
 import asyncio
+import math
+import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from statistics import NormalDist
 from typing import Any
 
 from asyncds.errors import ConfigurationError
@@ -17,6 +20,7 @@ from asyncds.testing.s3 import Access, respond
 from asyncds.testing.wire import Request, Response
 
 _BACKLOG = 4096
+_Z99 = NormalDist().inv_cdf(0.99)
 _BATCH_BYTES = 16 * 1024 * 1024
 
 
@@ -43,11 +47,28 @@ class ServerStats:
         return self.requests.total()
 
 
+@dataclass(frozen=True, slots=True)
+class LogNormal:
+    """Latencies as networks have them: half of them above `median` seconds, one in a hundred above `p99`."""
+
+    median: float
+    p99: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.median <= self.p99 < float("inf"):
+            raise ConfigurationError(f"{self!r}: the median lies above 0, and p99 not below it")
+
+    def draw(self, generator: random.Random) -> float:
+        """One of them, in seconds."""
+        return generator.lognormvariate(math.log(self.median), math.log(self.p99 / self.median) / _Z99)
+
+
 class _S3Service:
     """The server proper; everything here runs on one event loop."""
 
-    def __init__(self, latency: float, access: Access) -> None:
+    def __init__(self, latency: float | LogNormal, access: Access) -> None:
         self.latency = latency
+        self._random = random.Random(0)
         self._access = access
         self._store = Store(access.region)
         self._scripts = FaultScripts()
@@ -112,7 +133,11 @@ class _S3Service:
     def end(self) -> None:
         self._in_flight -= 1
 
-    def set_latency(self, latency: float) -> None:
+    def delay(self) -> float:
+        """Seconds before the next answer."""
+        return self.latency if isinstance(self.latency, float) else self.latency.draw(self._random)
+
+    def set_latency(self, latency: float | LogNormal) -> None:
         self.latency = latency
 
     def create_bucket(self, name: str) -> None:
@@ -155,8 +180,8 @@ class S3Server(Hosted):
 
     `with S3Server(latency=0.01) as server: server.endpoint` is `http://127.0.0.1:PORT`, path style. Any credentials do,
     unless `credentials=(access key, secret key)` or `region` are given: then requests that name others are refused as
-    AWS refuses them (signatures are not checked). Every answer waits `latency` seconds, to within about a millisecond,
-    and does not hold up others.
+    AWS refuses them (signatures are not checked). Every answer waits `latency` seconds, or as many as a `LogNormal`
+    says, to within about a millisecond, and does not hold up others.
 
     The server runs on a thread of this process, or with `process=True` in a child, which leaves this process's GIL
     alone and ends with it however it ends; prefer that where a test forks. Methods may be called from any thread of
@@ -166,7 +191,7 @@ class S3Server(Hosted):
     def __init__(
         self,
         *,
-        latency: float = 0.0,
+        latency: float | LogNormal = 0.0,
         region: str | None = None,
         credentials: tuple[str, str] | None = None,
         process: bool = False,
@@ -179,12 +204,12 @@ class S3Server(Hosted):
         return partial(_S3Service, self._latency, self._access)
 
     @property
-    def latency(self) -> float:
+    def latency(self) -> float | LogNormal:
         """Seconds before each answer; an assignment holds for the requests that arrive after it."""
         return self._latency
 
     @latency.setter
-    def latency(self, seconds: float) -> None:
+    def latency(self, seconds: float | LogNormal) -> None:
         self._call("set_latency", _checked_latency(seconds))
         self._latency = seconds
 
@@ -245,10 +270,10 @@ class S3Server(Hosted):
         self._call("clear_scripts")
 
 
-def _checked_latency(seconds: float) -> float:
-    if not 0 <= seconds < float("inf"):
-        raise ConfigurationError(f"latency is a number of seconds, at least 0, not {seconds!r}")
-    return seconds
+def _checked_latency(latency: float | LogNormal) -> float | LogNormal:
+    if not isinstance(latency, LogNormal) and not 0 <= latency < float("inf"):
+        raise ConfigurationError(f"latency is a number of seconds, at least 0, not {latency!r}")
+    return latency if isinstance(latency, LogNormal) else float(latency)
 
 
 def _batches(objects: Mapping[str, bytes]) -> Iterable[dict[str, bytes]]:
