@@ -7,11 +7,12 @@ OLDEST := $(abspath $(VENV))-oldest
 PARALLEL := --numprocesses 2 --dist worksteal
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint test-newest test-oldest bench clean
+.PHONY: help demo test lint test-newest test-oldest test-thorough bench clean
 
 help:
 	@echo "make demo    train on handwritten digits from a local S3 server, and see the difference"
 	@echo "make test    lint, type check, and all tests with the newest and the oldest aiobotocore"
+	@echo "make test-thorough  what varies these at length, and Lightning and Accelerate (ten minutes more)"
 	@echo "make bench   cold and warm epochs beside one request per sample, and beside local files; memory"
 	@echo "make clean   delete the environments"
 
@@ -31,6 +32,10 @@ test-newest: $(VENV)/.test
 # What speaks S3, once more with the oldest aiobotocore that is supported, the one that aioboto3 pins.
 test-oldest: $(OLDEST)/.test
 	PATH="$(BIN):$$PATH" $(OLDEST)/bin/python -m pytest $(PARALLEL) tests/test_store.py tests/test_dataset.py
+
+test-thorough: $(VENV)/.test
+	$(BIN)/python $(PIP) --editable '.[test,frameworks]'
+	$(BIN)/python -m pytest $(PARALLEL) -m thorough
 
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/epochs.py
