@@ -227,6 +227,7 @@ class Folder:
                 return
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._check_owner()
+            self._refuse_newer()  # before anything in it is touched
             self.directory.chmod(0o700)
             for name in _remove_links(self.directory):
                 what = f"{self.directory / name} was a link or a pipe, and was removed"
@@ -297,14 +298,9 @@ class Folder:
             )
 
     def _mark(self) -> None:
-        """Say in the folder what it is; set an older format aside, and refuse a newer one."""
+        """Say in the folder what it is; set an older format aside."""
         marker, made = self.directory / "format.json", self._made()
         if made is not None:
-            if made > FORMAT:
-                raise CacheError(
-                    f"{self.directory} is of format {made}, this asyncds knows {FORMAT}: "
-                    "install a newer one, or set ASYNCDS_CACHE_DIR elsewhere"
-                )
             if made == FORMAT:
                 return
             aside = self.directory / f"objects-of-format-{made}-{secrets.token_hex(4)}"
@@ -313,6 +309,17 @@ class Folder:
         (self.directory / "locks").mkdir(mode=0o700, exist_ok=True)
         self.publish(self.directory / "CACHEDIR.TAG", _TAG)
         self.publish(marker, json.dumps({"made by": "asyncds", "format": FORMAT}) + "\n")
+
+    def _refuse_newer(self) -> None:
+        try:
+            made = self._made()
+        except CacheError:  # a link in the place of the marker, say, which goes in a moment
+            return
+        if made is not None and made > FORMAT:
+            raise CacheError(
+                f"{self.directory} is of format {made}, this asyncds knows {FORMAT}: "
+                "install a newer one, or set ASYNCDS_CACHE_DIR elsewhere"
+            )
 
     def _made(self) -> int | None:
         """The format in which the folder was made; None for a new one."""
@@ -468,17 +475,23 @@ def read(path: Path) -> str:
 _folders: weakref.WeakSet[Folder] = weakref.WeakSet()
 _forking = threading.Lock()
 _held: list[threading.Lock] = []
-_inherited: list[object] = []
+
+
+def _acquire(lock: threading.Lock) -> None:
+    """Python swallows what a hook raises, and forks all the same: an interrupt must not leave SQLite open."""
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            lock.acquire()
+            return
 
 
 def _before_fork() -> None:
-    # What is acquired is noted at once: an interrupt here is swallowed by Python, and the fork goes on.
-    for lock in (_forking, *(lock for folder in list(_folders) for lock in (folder._reading, folder._writing))):
-        lock.acquire()
+    folders = list(_folders)
+    for lock in (_forking, *(lock for folder in folders for lock in (folder._reading, folder._writing))):
+        _acquire(lock)
         _held.append(lock)
-    for folder in list(_folders):
-        if folder._reading in _held and folder._writing in _held:
-            folder._close()
+    for folder in folders:
+        folder._close()
 
 
 def _after_fork() -> None:
@@ -486,16 +499,4 @@ def _after_fork() -> None:
         _held.pop().release()
 
 
-def _after_fork_in_child() -> None:
-    global _forking
-    for folder in list(_folders):
-        if folder._reading not in _held or folder._writing not in _held:  # an interrupt, while a writer was waited for
-            _inherited.append((folder._reader, folder._index))  # not to be used, nor closed: that would be SQLite's end
-            folder._reader = folder._index = None
-            folder._reading, folder._writing = threading.Lock(), threading.Lock()
-    if _forking not in _held:
-        _forking = threading.Lock()
-    _after_fork()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
