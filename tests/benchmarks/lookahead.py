@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,6 +63,7 @@ def made(name: str, options: argparse.Namespace, folder: str) -> tuple[Any, Any]
 
 def run(name: str, options: argparse.Namespace) -> Result:
     """One epoch in this process, with `options.step` seconds of sleep after each batch."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     with tempfile.TemporaryDirectory() as folder:
         dataset, loader = made(name, options, folder)
         samples = len(dataset)
