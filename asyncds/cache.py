@@ -490,6 +490,7 @@ class LargeEntry:
         self._entry = entry
         self._key = entry_key(entry.object, entry.etag)
         self.size = size
+        self.kept = False  # whether a row names it
         self._tag = tag
         self._start = len(pack_header_of(self._key, entry.etag, size, 0))
 
@@ -507,7 +508,7 @@ class LargeEntry:
         if first_seen:
             note = self._entry.object + FIRST_SEEN
             rows.append((note, Written(0, None, pack_header(note, self._entry.etag, b""))))
-        self._cache.commit(rows, self._tag)
+        self.kept = self._key in self._cache.commit(rows, self._tag)
         self._cache.arrived(self)
         return body
 

@@ -70,7 +70,7 @@ class Clearing:
             self._held_by_others[owner] = time.monotonic() + _SECONDS_BETWEEN
             return
         try:
-            with contextlib.suppress(sqlite3.OperationalError), self._folder.transaction(wait=False) as index:
+            with contextlib.suppress(sqlite3.OperationalError, OSError), self._folder.transaction(wait=False) as index:
                 for start in range(0, len(keys), _ROWS_AT_ONCE):
                     some = keys[start : start + _ROWS_AT_ONCE]
                     own = f"raw = 1 AND tag IS ? AND key IN ({','.join('?' * len(some))})"

@@ -281,9 +281,7 @@ class Fetcher:
             raise DatasetClosed("the fetcher is closed")
         key = (info.bucket, info.key, info.etag)
         kept, flight = self._ahead.take(key[:2]), self._flights.get(key)
-        if kept is not None and info.etag not in (None, kept.info.etag):
-            kept = None
-        if kept is not None:
+        if kept is not None and flight is None and info.etag in (None, kept.info.etag):
             self._count(prefetch_hits=1)
             return self._launch(key, Flight(partial(_handed_over, kept), 0))
         if flight is None:
@@ -437,11 +435,13 @@ class Fetcher:
                 info = await self._store.head(info.bucket, info.key)
                 if asked.etag not in (None, info.etag):
                     raise ObjectChanged(f"{info.uri}: its ETag is {info.etag}, not {asked.etag}") from None
-        body = await self._download_parts(asked, info, waited)
-        if body is None:
+        parts = await self._download_parts(asked, info, waited)
+        if parts is None:
             return await self._download_whole(asked, info, arrived, waited, None)
+        body, kept = parts
         self._deliver(Fetched(info, body), arrived)
-        return True
+        self._count(uncached=int(not kept))
+        return kept
 
     async def _download_whole(
         self,
@@ -463,8 +463,13 @@ class Fetcher:
         self._count(gets=1, bytes=len(fetched.body))
         arrived.set_result(fetched)
 
-    async def _download_parts(self, asked: ObjectInfo, info: ObjectInfo, waited: float) -> StoredBody | None:
-        """Bring a large object into its file; None if it is none, does not fit, or comes as a whole only."""
+    async def _download_parts(
+        self, asked: ObjectInfo, info: ObjectInfo, waited: float
+    ) -> tuple[StoredBody, bool] | None:
+        """Bring a large object into its file, and tell whether the cache keeps it.
+
+        None if it is not large, does not fit, or comes as a whole only.
+        """
         cache = self._cache
         if cache is None or info.size is None or info.size <= LARGE or info.etag is None:
             return None
@@ -483,7 +488,7 @@ class Fetcher:
             return None
         try:
             await self.downloader.parts(info, partial(run, entry.write), allowance=-waited)
-            return await run(partial(entry.finish, first_seen=asked.etag is None))
+            return await run(partial(entry.finish, first_seen=asked.etag is None)), entry.kept
         except BaseException as error:
             await run(entry.abandon)  # after the parts that are being written there
             if isinstance(error, FAULTS) and not isinstance(error, AsyncdsError):

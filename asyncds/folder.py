@@ -100,17 +100,20 @@ class Folder:
         """
         if self.read_only:
             raise OSError(EROFS, os.strerror(EROFS))
-        with self._writing:
+        if not self._writing.acquire(blocking=wait):
+            raise OSError(EBUSY, "another thread writes to the index")
+        try:
             if time.monotonic() < self._locked_until:
                 raise OSError(EBUSY, "a process holds the index's lock, and stands still")
             index = self._opened()
-            try:
-                with index.transact(wait=wait):
-                    yield index
-            except sqlite3.OperationalError as error:
-                if wait and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
-                    self._locked_until = time.monotonic() + _SECONDS_WITHOUT_WRITING
-                raise
+            with index.transact(wait=wait):
+                yield index
+        except sqlite3.OperationalError as error:
+            if wait and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                self._locked_until = time.monotonic() + _SECONDS_WITHOUT_WRITING
+            raise
+        finally:
+            self._writing.release()
 
     def drop(self, where: str, values: Sequence[object]) -> None:
         """Remove rows, and their files after them."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import diskcache
 
@@ -69,7 +69,7 @@ class Index:
 
     def __init__(self, folder: Path) -> None:
         if not is_made(folder / DATABASE):
-            with diskcache.Cache(str(folder), disk=_Disk, **_SETTINGS) as made:
+            with diskcache.Cache(str(folder), **_SETTINGS) as made:
                 made._con.execute(
                     f"CREATE INDEX IF NOT EXISTS {_FILE_INDEX} ON Cache (filename) WHERE filename IS NOT NULL"
                 )  # finds what no row names without reading the table; the last thing that is made
@@ -113,21 +113,10 @@ class Index:
         self._connection.close()
 
 
-class _Disk(diskcache.Disk):  # type: ignore[misc]
-    """diskcache makes a database with this, and nothing else: values are stored and read by asyncds."""
-
-    def store(self, value: object, read: bool, key: object = None) -> Any:
-        raise TypeError("values are stored by `Index.add` only")
-
-    def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> Any:
-        raise TypeError("values are read, and checked, by asyncds.cache.Cache only")
-
-
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     """Open the database; `read_only` in a folder that cannot be written, where SQLite can make neither log nor lock."""
-    place = (
-        f"{path.absolute().as_uri()}?{'immutable=1' if read_only else 'mode=rw'}"  # none is made where there is none
-    )
+    mode = "immutable=1" if read_only else "mode=rw"  # which makes none where there is none
+    place = f"{path.absolute().as_uri()}?{mode}"
     connection = sqlite3.connect(place, uri=True, timeout=10, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA trusted_schema = 0")
     connection.execute("PRAGMA synchronous = 1")  # like the others per connection; without it commits wait for the disk

@@ -705,7 +705,7 @@ class Interrupted:
     def __init__(self, lock, go_on):
         self.lock, self.go_on, self.pending = lock, go_on, True
 
-    def acquire(self):
+    def acquire(self, blocking=True):
         if threading.current_thread() is threading.main_thread():
             if self.pending:
                 self.pending = False
@@ -865,3 +865,24 @@ def test_directory_that_names_a_variable_is_refused_in_one_line(tmp_path, monkey
         Cache(tmp_path / name)
     assert "\n" not in str(refused.value)
     assert list(Path(tmp_path).iterdir()) == []
+
+
+@pytest.mark.parametrize("busy", ["another thread writes", "another process stands still"])
+def test_taking_data_over_waits_for_no_writer_and_costs_no_hit(cache, busy):
+    theirs = some("theirs", 3)
+    keys = stored(cache, theirs, "theirs")
+    writing = cache._folder._writing
+    if busy == "another thread writes":
+        writing.acquire()
+    else:
+        cache._folder._locked_until = time.monotonic() + 30
+    try:
+        assert cache.get_many(keys, "ours") == found(theirs)
+    finally:
+        if busy == "another thread writes":
+            writing.release()
+        cache._folder._locked_until = 0.0
+    assert cache.faults == 0
+    assert cache.get_many(keys, "ours") == found(theirs)
+    assert {row[3] for row in cache._select(keys).values()} == {"ours"}
+    assert cache.check() == {}
