@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, random_split
 
 from asyncds.errors import CacheError, ConfigurationError, DatasetClosed, StoreError
-from asyncds.fetcher import Fetched
 from asyncds.labels import labeller, read_csv
 from asyncds.listing import Labeller, labels_of
 from asyncds.loading import loader
 from asyncds.lookahead import Batch, Horizon, ReadsAhead
+from asyncds.lookup import Fetched
 from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, parse_uri
 from asyncds.reader import S3Reader
 from asyncds.settings import Options, or_close_to

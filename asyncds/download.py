@@ -5,17 +5,17 @@ import contextlib
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
-from asyncds.errors import ObjectChanged, TransferFailed
+from asyncds.errors import AsyncdsError, ObjectChanged, TransferFailed
 from asyncds.large import PART
 from asyncds.manifest import ObjectInfo
 from asyncds.retry import Retry
-from asyncds.store.base import ObjectStore, no_bound
+from asyncds.store.base import First, ObjectStore, no_bound
 
-__all__ = ["Downloader", "Memory", "SizeTold", "Slots", "verify"]
+__all__ = ["Budget", "Downloader", "Express", "Memory", "SizeTold", "Slots", "verify"]
 
 _MEMORY = 32 << 20
 _SLOWEST = 1e6  # bytes per second below which a large object may miss its deadline
@@ -47,37 +47,49 @@ class SizeTold(BaseException):
         self.size = size
 
 
-class Slots(asyncio.Semaphore):
-    """Requests that may be in flight. Whoever has something to send when one is free is in `listeners`."""
+class Budget:
+    """So much of something, given out in the order in which it was asked for; who asks for more than all has it alone.
+
+    Lives on one event loop.
+    """
 
     def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.listeners = weakref.WeakSet[Any]()
-
-
-class Memory:
-    """Bytes that may be on their way between socket and disk: first come, first served; a giant goes alone."""
-
-    def __init__(self, size: int = _MEMORY) -> None:
         self.size = size
         self._used = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiting: deque[tuple[int, Callable[[], bool]]] = deque()
+
+    @property
+    def spent(self) -> bool:
+        """Whether there is nothing for one who asks now."""
+        return bool(self._waiting) or self._used >= self.size
+
+    def offer(self, amount: int, accept: Callable[[], bool]) -> None:
+        """Call `accept` when there is so much for it, now or in its turn. What it accepts is given back later."""
+        if self._waiting or not self._fits(amount):
+            self._waiting.append((amount, accept))
+        else:
+            self._hand(amount, accept)
 
     async def take(self, amount: int) -> None:
-        """Wait until there is room for so many bytes, and take it; to be given back by `give_back`."""
+        """Wait until there is so much, and take it; to be given back by `give_back`."""
         if self.take_now(amount):
             return
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((amount, turn))
+        place = amount, partial(_granted, turn)
+        self._waiting.append(place)
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self.give_back(amount)
+            else:
+                with contextlib.suppress(ValueError):  # it was its turn, just now
+                    self._waiting.remove(place)
+                self.give_back(0)  # to those who stood behind
             raise
 
     def take_now(self, amount: int) -> bool:
-        """Take room if there is some now, and nobody waits; tell whether there was."""
+        """Take so much if it is there now, and nobody waits; tell whether it was."""
         if self._waiting or not self._fits(amount):
             return False
         self._used += amount
@@ -85,14 +97,38 @@ class Memory:
 
     def give_back(self, amount: int) -> None:
         self._used -= amount
-        while self._waiting and (self._waiting[0][1].cancelled() or self._fits(self._waiting[0][0])):
-            next_amount, turn = self._waiting.popleft()
-            if not turn.cancelled():
-                self._used += next_amount
-                turn.set_result(None)
+        while self._waiting and self._fits(self._waiting[0][0]):
+            self._hand(*self._waiting.popleft())
+
+    def _hand(self, amount: int, accept: Callable[[], bool]) -> None:
+        self._used += amount
+        if not accept():
+            self._used -= amount
 
     def _fits(self, amount: int) -> bool:
         return self._used == 0 or self._used + amount <= self.size
+
+
+def _granted(turn: asyncio.Future[None]) -> bool:
+    if turn.done():
+        return False
+    turn.set_result(None)
+    return True
+
+
+class Slots(Budget):
+    """Requests that may be in flight. Whoever has something to send when one is free is in `listeners`."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.listeners = weakref.WeakSet[Any]()
+
+
+class Memory(Budget):
+    """Bytes that may be on their way between socket and disk."""
+
+    def __init__(self, size: int = _MEMORY) -> None:
+        super().__init__(size)
 
 
 class _Turn:
@@ -101,23 +137,23 @@ class _Turn:
     Whoever has room has a slot, too, and goes on: nobody can wait for the one while others wait for the other.
     """
 
-    def __init__(self, slots: asyncio.Semaphore, memory: Memory, size: int) -> None:
+    def __init__(self, slots: Slots, memory: Memory, size: int) -> None:
         self.size = size
         self._slots = slots
         self._memory = memory
         self._held = 0
 
     async def __aenter__(self) -> None:
-        await self._slots.acquire()
+        await self._slots.take(1)
         try:
             await self._memory.take(self.size)
         except BaseException:
-            self._slots.release()
+            self._slots.give_back(1)
             raise
         self._held = self.size
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._slots.release()
+        self._slots.give_back(1)
         if kind is not None:
             self.release()
 
@@ -133,6 +169,25 @@ class _Turn:
     def release(self) -> None:
         held, self._held = self._held, 0
         self._memory.give_back(held)
+
+
+class Express(Protocol):
+    """Who waits for an object that was sent for without a task."""
+
+    known: ObjectInfo
+    """The object; its size is known."""
+
+    over: bool
+    """Whether nobody needs it any more."""
+
+    held: int
+    """Bytes of memory that are kept for it from its request on, to be given back by who gets it."""
+
+    def came(self, served: ObjectInfo, body: bytes) -> None:
+        """Here it is, verified."""
+
+    def detour(self, first: First | None, spent: float) -> None:
+        """It has to be brought by `whole`, with this first attempt, and so many seconds less than it has by itself."""
 
 
 class Downloader:
@@ -156,6 +211,59 @@ class Downloader:
         self._retry = retry
         self._slots = slots
         self._count = self._bytes = 0
+        self._ask = getattr(store, "ask", None)
+
+    def express(self, receiver: Express) -> None:
+        """Send for an object as soon as there is a slot, without a task.
+
+        That is how a healthy object of a store that has `ask` comes, at a third of the cost of `whole`; where anything
+        is the matter, the receiver is told to make a detour.
+        """
+        if self._ask is None:
+            receiver.detour(None, 0.0)
+        else:
+            self._slots.offer(1, partial(self._depart, receiver))
+
+    def _depart(self, receiver: Express) -> bool:
+        """Use a slot, or leave it."""
+        info = receiver.known
+        size = info.size or 0
+        if receiver.over:
+            return False
+        if self.memory.take_now(size):
+            receiver.held, now = size, asyncio.get_running_loop().time()
+            until = now + self._retry.deadline + size / _SLOWEST
+            outcome = partial(self._come, receiver, now), partial(self._turn_off, receiver, now)
+            if self._ask is not None and self._ask(info, *outcome, until):
+                return True
+            self._give_back(receiver)
+        receiver.detour(None, 0.0)
+        return False
+
+    def _come(self, receiver: Express, started: float, served: ObjectInfo, body: bytes) -> None:
+        self._slots.give_back(1)
+        try:
+            verify(receiver.known, served, body)
+        except AsyncdsError as error:
+            self._off(receiver, started, partial(_raise, error))
+            return
+        self._observe(asyncio.get_running_loop().time() - started)
+        self._retry.reached = True
+        self._count += 1
+        self._bytes += len(body)
+        receiver.came(served, body)
+
+    def _turn_off(self, receiver: Express, started: float, first: First) -> None:
+        self._slots.give_back(1)
+        self._off(receiver, started, first)
+
+    def _off(self, receiver: Express, started: float, first: First) -> None:
+        self._give_back(receiver)
+        receiver.detour(first, asyncio.get_running_loop().time() - started)
+
+    def _give_back(self, receiver: Express) -> None:
+        held, receiver.held = receiver.held, 0
+        self.memory.give_back(held)
 
     def expected_size(self, info: ObjectInfo) -> int:
         """Bytes of the object, as listed, or as the mean of the others lets expect."""
@@ -163,15 +271,16 @@ class Downloader:
 
     @contextlib.asynccontextmanager
     async def whole(
-        self, info: ObjectInfo, *, allowance: float = 0.0, most: int | None = None
+        self, info: ObjectInfo, *, allowance: float = 0.0, most: int | None = None, first: First | None = None
     ) -> AsyncGenerator[tuple[ObjectInfo, bytes], None]:
         """Yield an object, verified; the memory for it is held until the end of the context.
 
-        Raises `SizeTold` when its answer announces more than `most` bytes, and what `Retry` and `verify` raise.
+        `first` is awaited in the place of the first attempt. Raises `SizeTold` when an answer announces more than
+        `most` bytes, and what `Retry` and `verify` raise.
         """
         turn = _Turn(self._slots, self.memory, self.expected_size(info))
         try:
-            served, body = await self._brought(info, turn, allowance, most)
+            served, body = await self._brought(info, turn, allowance, most, first)
             turn.hold(len(body))
             self._count += 1
             self._bytes += len(body)
@@ -197,10 +306,11 @@ class Downloader:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _brought(
-        self, info: ObjectInfo, turn: _Turn, allowance: float, most: int | None
+        self, info: ObjectInfo, turn: _Turn, allowance: float, most: int | None, first: First | None
     ) -> tuple[ObjectInfo, bytes]:
         """Ask for an object; anew, with room for it, if its answer tells a size that there was no room for."""
-        attempt = partial(self._attempt, info, turn, most)
+        attempts = iter(() if first is None else (first,))
+        attempt = partial(self._attempt, info, turn, most, attempts)
         for _ in range(_SIZES_TOLD):
             try:
                 return await self._retry(attempt, info.uri, turn, turn.size / _SLOWEST + allowance)
@@ -211,10 +321,12 @@ class Downloader:
         raise TransferFailed(f"{info.uri}: it was of another size each time it was asked for")
 
     async def _attempt(
-        self, info: ObjectInfo, turn: _Turn, most: int | None, clock: asyncio.Timeout
+        self, info: ObjectInfo, turn: _Turn, most: int | None, others: Iterator[First], clock: asyncio.Timeout
     ) -> tuple[ObjectInfo, bytes]:
         started = time.perf_counter()
-        served, body = await self._store.get(info, partial(_admit, turn, most, clock))
+        other = next(others, None)
+        asked = other() if other is not None else self._store.get(info, partial(_admit, turn, most, clock))
+        served, body = await asked
         verify(info, served, body)
         self._observe(time.perf_counter() - started)
         return served, body
@@ -236,6 +348,10 @@ class Downloader:
         verify(info, served, None)
         self._observe(time.perf_counter() - started)
         return body
+
+
+async def _raise(error: AsyncdsError) -> NoReturn:
+    raise error
 
 
 def _admit(turn: _Turn, most: int | None, clock: asyncio.Timeout, size: int) -> None:

@@ -4,93 +4,38 @@ import asyncio
 import contextlib
 import inspect
 import logging
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 from asyncds.cache import Cache, LargeEntry
 from asyncds.download import Downloader, Memory, SizeTold, Slots
-from asyncds.entry import NewEntry, entry_key, object_id
+from asyncds.entry import NewEntry, object_id
 from asyncds.errors import AsyncdsError, ConfigurationError, DatasetClosed, ObjectChanged
 from asyncds.index import FAULTS
 from asyncds.large import LARGE, StoredBody
+from asyncds.lookup import Fetched, lookup
 from asyncds.manifest import ObjectInfo
 from asyncds.prefetch import Prefetch
 from asyncds.retry import Retry
 from asyncds.stats import Counters
-from asyncds.store.base import NoParts, ObjectStore
+from asyncds.store.base import First, NoParts, ObjectStore
+from asyncds.writer import Writer
 
-__all__ = ["Fetched", "Fetcher", "lookup"]
+__all__ = ["Fetched", "Fetcher"]
 
 _log = logging.getLogger(__name__)
 _LOOKUP = 200
 _SECONDS_BETWEEN_CLAIMS = 0.03
 _REFILLS = 4  # of the window, while it is used once
-_BATCH_ENTRIES = 256
-_BATCH_BYTES = 8 << 20
-
-
 _NOBODY = -1  # the group of a prefetch whose group is gone
-
-
-class Fetched(NamedTuple):
-    """An object as it was served: `info` has its true size and ETag. A large body that is cached stays on disk."""
-
-    info: ObjectInfo
-    body: bytes | StoredBody
-
-
-def lookup(
-    cache: Cache, endpoint: str, infos: Sequence[ObjectInfo], tag: str | None = None
-) -> tuple[list[ObjectInfo], list[Fetched | None]]:
-    """Find objects in the cache without touching an event loop.
-
-    Returns the objects, now with the ETag of the version first seen where none was listed, and what is cached of each.
-    """
-    known, keys = identify(cache, endpoint, infos)
-    entries = iter(cache.get_many([key for key in keys if key is not None], tag))
-    found: list[Fetched | None] = []
-    for info, key in zip(known, keys, strict=True):
-        entry = next(entries) if key is not None else None
-        if entry is not None and key is not None and info.size not in (None, len(entry.body)):
-            cache.remove([key])  # the store gives two contents the same ETag
-            entry = None
-        served = entry and Fetched(ObjectInfo(info.bucket, info.key, len(entry.body), entry.etag), entry.body)
-        found.append(served or None)
-    return known, found
-
-
-def resident(cache: Cache, endpoint: str, infos: Sequence[ObjectInfo]) -> list[bool]:
-    """Tell which objects the cache has, without reading them."""
-    _, keys = identify(cache, endpoint, infos)
-    present = cache.present([key for key in keys if key is not None])
-    return [key in present for key in keys]
-
-
-def identify(cache: Cache, endpoint: str, infos: Sequence[ObjectInfo]) -> tuple[list[ObjectInfo], list[bytes | None]]:
-    """The objects with the ETag they are known by, and their cache keys; None for one whose version nobody knows."""
-    ids = [object_id(endpoint, info.bucket, info.key) for info in infos]
-    unlisted = [position for position, info in enumerate(infos) if info.etag is None]
-    known = list(infos)
-    if unlisted:
-        for position, etag in zip(unlisted, cache.first_seen([ids[p] for p in unlisted]), strict=True):
-            known[position] = infos[position]._replace(etag=etag)
-    return known, [None if info.etag is None else entry_key(id, info.etag) for id, info in zip(ids, known, strict=True)]
 
 
 def _abandon(beginning: asyncio.Future[LargeEntry | None]) -> None:
     entry = None if beginning.cancelled() or beginning.exception() is not None else beginning.result()
     if entry is not None:
         entry.abandon()
-
-
-async def _handed_over(kept: Fetched, arrived: asyncio.Future[Fetched]) -> bool:
-    """A flight that has been."""
-    arrived.set_result(kept)
-    return False
 
 
 def _chunks(infos: Iterable[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
@@ -103,24 +48,43 @@ Key = tuple[str, str, str | None]  # bucket, key and ETag
 
 
 class Flight:
-    """One download under way. `arrived` holds the object or the error; `task` ends when that is settled, too.
+    """One download under way.
 
-    The task tells whether the cache has the object. `size` is what is expected to arrive, `group` that of a
-    prefetch which nobody waits for yet, and `reserved` are the bytes of memory that are kept free for it.
+    `arrived` holds the object or the error. `settled` comes after it, and tells whether the cache has the object.
+    `known` is what is asked for: `info`, with the ETag that the cache knows it by. `size` is what is expected to
+    arrive, `group` that of a prefetch which nobody waits for yet, `reserved` are the bytes of memory that are kept free
+    for it in the window of what was brought in advance, and `held` those that it takes on its way. `spent` is how many
+    seconds of its deadline are over. When it is `over`, what still happens to it is ignored.
     """
 
-    def __init__(
-        self,
-        fly: Callable[[asyncio.Future[Fetched]], Coroutine[Any, Any, bool]],
-        size: int,
-        group: int | None = None,
-        reserved: int = 0,
-    ) -> None:
-        self.arrived: asyncio.Future[Fetched] = asyncio.get_running_loop().create_future()
-        self.size = size
+    __slots__ = (
+        *("arrived", "claimed", "group", "held", "info", "key", "known", "over"),
+        *("reserved", "settled", "size", "spent", "task", "_fetcher"),
+    )
+
+    def __init__(self, fetcher: "Fetcher", info: ObjectInfo, group: int | None = None, reserved: int = 0) -> None:
+        loop = asyncio.get_running_loop()
+        self._fetcher = fetcher
+        self.info = self.known = info
+        self.key: Key = (info.bucket, info.key, info.etag)
+        self.arrived: asyncio.Future[Fetched] = loop.create_future()
+        self.settled: asyncio.Future[bool] = loop.create_future()
+        self.size = fetcher.downloader.expected_size(info)
         self.group = group
         self.reserved = reserved
-        self.task = asyncio.create_task(fly(self.arrived))
+        self.held = 0
+        self.spent = 0.0
+        self.claimed = self.over = False
+        self.task: asyncio.Task[None] | None = None  # what sees to it where that takes more than a request
+
+    def came(self, served: ObjectInfo, body: bytes) -> None:
+        """See `Express`."""
+        self._fetcher.came(self, served, body)
+
+    def detour(self, first: First | None, spent: float) -> None:
+        """See `Express`."""
+        self.spent += spent
+        self._fetcher.detour(self, first)
 
 
 class _Window:
@@ -131,46 +95,40 @@ class _Window:
         self._size = size
         self._memory = memory
         self._held = 0
-        self._finished = asyncio.Queue[tuple[ObjectInfo, asyncio.Task[Fetched], int]]()
-        self.pending = set[asyncio.Task[Fetched]]()
+        self._finished: asyncio.Queue[tuple[Flight, int]] | None = asyncio.Queue()
+        self.pending = 0
 
     @property
     def full(self) -> bool:
-        return len(self.pending) >= self._size or self._held >= self._memory
+        return self.pending >= self._size or self._held >= self._memory
 
     def launch(self, info: ObjectInfo) -> None:
-        amount = self._fetcher.downloader.expected_size(info)
-        self._held += amount
-        task = asyncio.create_task(self._settled(info))
-        self.pending.add(task)
-        task.add_done_callback(lambda task: self._land(info, task, amount))
-
-    async def _settled(self, info: ObjectInfo) -> Fetched:
-        """The object, once the cache has it."""
         flight = self._fetcher.start(info)
-        await asyncio.wait([flight.task])
-        return flight.arrived.result()
+        self._held += flight.size
+        self.pending += 1
+        flight.settled.add_done_callback(partial(self._land, flight))
 
-    def _land(self, info: ObjectInfo, task: asyncio.Task[Fetched], expected: int) -> None:
-        size = 0 if task.cancelled() or task.exception() is not None else len(task.result().body)
-        self._held += size - expected
-        self._finished.put_nowait((info, task, size))
+    def _land(self, flight: Flight, _: asyncio.Future[bool]) -> None:
+        if self._finished is not None:
+            size = 0 if flight.arrived.exception() is not None else len(flight.arrived.result().body)
+            self._held += size - flight.size
+            self._finished.put_nowait((flight, size))
 
     async def next(self) -> tuple[ObjectInfo, Fetched | AsyncdsError]:
-        info, task, amount = await self._finished.get()
-        self.pending.discard(task)
+        assert self._finished is not None
+        flight, amount = await self._finished.get()
+        self.pending -= 1
         self._held -= amount
-        error = task.exception()
+        error = flight.arrived.exception()
         if error is None:
-            return info, task.result()
+            return flight.info, flight.arrived.result()
         if isinstance(error, AsyncdsError):
-            return info, error
+            return flight.info, error
         raise error
 
-    async def close(self) -> None:
-        for task in self.pending:
-            task.cancel()
-        await asyncio.gather(*self.pending, return_exceptions=True)
+    def close(self) -> None:
+        """Nobody takes what still comes; it goes into the cache."""
+        self._finished = None
 
 
 class Fetcher:
@@ -220,10 +178,9 @@ class Fetcher:
         self._ahead = Prefetch[ObjectInfo, Fetched]()
         self._slots.listeners.add(self)
         self._unarrived = self._expected = 0  # downloads under way whose object is not there yet, and bytes of all
-        self._unwritten: deque[tuple[NewEntry, asyncio.Future[bool]]] = deque()
-        self._writing: asyncio.Task[None] | None = None
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="asyncds-writer")
-        self._looking: list[tuple[ObjectInfo, asyncio.Future[tuple[ObjectInfo, Fetched | None]]]] = []
+        self._writer = Writer(cache, tag) if cache is not None else None
+        self._boarding: list[Flight] = []
+        self._late: list[Flight] = []
         self._closed = False
         self._done = self._failed = 0
 
@@ -273,7 +230,7 @@ class Fetcher:
             while window.pending:
                 yield await window.next()
         finally:
-            await window.close()
+            window.close()
 
     def start(self, info: ObjectInfo) -> Flight:
         """Start a download, or join the one under way. Does not look into the cache."""
@@ -283,10 +240,12 @@ class Fetcher:
         kept, flight = self._ahead.take(key[:2]), self._flights.get(key)
         if kept is not None and flight is None and info.etag in (None, kept.info.etag):
             self._count(prefetch_hits=1)
-            return self._launch(key, Flight(partial(_handed_over, kept), 0))
-        if flight is None:
-            return self._launch(key, Flight(partial(self._fly, info), self.downloader.expected_size(info)))
-        if flight.group is not None:
+            flight = Flight(self, info)
+            flight.arrived.set_result(kept)
+            flight.settled.set_result(False)
+        elif flight is None:
+            flight = self._launch(Flight(self, info))
+        elif flight.group is not None:
             self._count(prefetch_hits=int(flight.arrived.done()))
             flight.group = None
         return flight
@@ -311,12 +270,14 @@ class Fetcher:
                 flight.group = _NOBODY
         self.launch_ahead()
 
-    def _launch(self, key: Key, flight: Flight) -> Flight:
-        self._flights[key] = flight
+    def _launch(self, flight: Flight) -> Flight:
+        self._flights[flight.key] = flight
         self._unarrived += 1
         self._expected += flight.size
         flight.arrived.add_done_callback(self._arrived)
-        flight.task.add_done_callback(lambda _: self._landed(key, flight))
+        if not self._boarding:
+            asyncio.get_running_loop().call_soon(self._board)
+        self._boarding.append(flight)
         return flight
 
     def _arrived(self, _: asyncio.Future[Fetched]) -> None:
@@ -329,7 +290,7 @@ class Fetcher:
     def launch_ahead(self) -> None:
         """Send for what was named in advance, as far as there are slots; to be called on the loop."""
         room: int | None = None
-        while not self._closed and self._unarrived < self._concurrency and not self._slots.locked():
+        while not self._closed and self._unarrived < self._concurrency and not self._slots.spent:
             wanted = self._ahead.next()
             if wanted is None:
                 return
@@ -345,23 +306,28 @@ class Fetcher:
             if key in self._flights:
                 self._ahead.release(reserved)
             else:
-                self._launch(key, Flight(partial(self._fly, info), size, group, reserved))
+                self._launch(Flight(self, info, group, reserved))
 
     async def flush(self) -> None:
         """Wait until the cache has what has arrived so far."""
-        while self._writing is not None and not self._writing.done():
-            await asyncio.wait([self._writing])
+        if self._writer is not None:
+            await self._writer.flush()
 
     async def aclose(self) -> None:
         """Cancel what is under way, wait for it, and close the store. Whoever waits gets `DatasetClosed`."""
         self._closed = True
         self._ahead.forget(lambda _: True)
-        tasks = [flight.task for flight in self._flights.values()]
+        flights = list(self._flights.values())
+        tasks = [flight.task for flight in flights if flight.task is not None]
         for task in tasks:
             task.cancel()
+        for flight in flights:
+            if flight.task is None and not flight.arrived.done():
+                self._land(flight, stored=False)
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.flush()
-        self._writer.shutdown()
+        if self._writer is not None:
+            await self._writer.flush()
+            self._writer.close()
         close = getattr(self._store, "aclose", None)
         if close is not None:
             await close()
@@ -371,113 +337,143 @@ class Fetcher:
             return list(infos), [None] * len(infos)
         return lookup(self._cache, self._store.endpoint, infos, self._tag)
 
-    # one download
+    # one download: look whether somebody has brought it, be the only one who does, send for it, store it
 
-    async def _fly(self, info: ObjectInfo, arrived: asyncio.Future[Fetched]) -> bool:
-        async with self._claimed(info) as (info, found, waited):
-            if found is not None:
-                arrived.set_result(found)
+    def _board(self) -> None:
+        """Claim, look up and send for what was launched in the same turn of the loop, together."""
+        boarding, self._boarding = self._boarding, []
+        self._look([flight for flight in boarding if not flight.over and self._checked_in(flight)])
+
+    def _checked_in(self, flight: Flight) -> bool:
+        """Say that this process brings the object; tell whether it is to be looked up before, and can be now."""
+        try:
+            if self._cache is None or not self._admits(flight.info.size or 0):
+                self._send(flight)
+                return False
+            if self._cache.full:  # nobody waits for what will not be there
                 return True
-            return await self._download(info, arrived, waited)
+            flight.claimed = self._cache.claim(self._id(flight.info))
+            if not flight.claimed:
+                flight.task = asyncio.create_task(self._wait_for_claim(flight))
+            return flight.claimed
+        except Exception as error:
+            self._land(flight, stored=False, error=error)
+            return False
 
-    @contextlib.asynccontextmanager
-    async def _claimed(self, info: ObjectInfo) -> AsyncGenerator[tuple[ObjectInfo, Fetched | None, float], None]:
-        """Be the only one on this machine who brings the object, and look whether somebody has brought it just now.
-
-        Yields what the object is known as, what the cache has of it, and how many seconds it took. Who waits for a
-        process that stands still waits for a quarter of the deadline, and then brings the object as well.
-        """
-        if self._cache is None or not self._admits(info.size or 0):
-            yield info, None, 0.0
-            return
-        if self._cache.full:  # nobody waits for what will not be there
-            yield *await self._look_again(info), 0.0
-            return
-        id, now = object_id(self._store.endpoint, info.bucket, info.key), asyncio.get_running_loop().time
-        started, claimed = now(), self._cache.claim(id)
+    async def _wait_for_claim(self, flight: Flight) -> None:
+        """Wait for another process that brings the object: a quarter of the deadline; then bring it as well."""
+        assert self._cache is not None
+        now, id = asyncio.get_running_loop().time, self._id(flight.info)
+        started = now()
         try:
-            while not claimed and now() - started < self._patience:
+            while not flight.claimed and now() - started < self._patience:
                 await asyncio.sleep(_SECONDS_BETWEEN_CLAIMS)
-                claimed = self._cache.claim(id)
-            yield *await self._look_again(info), now() - started
-        finally:
-            if claimed:
-                self._cache.unclaim(id)
+                flight.claimed = self._cache.claim(id)
+        except asyncio.CancelledError:
+            self._land(flight, stored=False)
+            raise
+        flight.spent, flight.task = now() - started, None
+        if not self._late:
+            asyncio.get_running_loop().call_soon(self._look_late)
+        self._late.append(flight)
 
-    def _look_again(self, info: ObjectInfo) -> asyncio.Future[tuple[ObjectInfo, Fetched | None]]:
-        """Look an object up, together with the others that come here in the same turn of the loop."""
-        loop = asyncio.get_running_loop()
-        if not self._looking:
-            loop.call_soon(self._look_all_up)
-        result: asyncio.Future[tuple[ObjectInfo, Fetched | None]] = loop.create_future()
-        self._looking.append((info, result))
-        return result
+    def _look_late(self) -> None:
+        late, self._late = self._late, []
+        self._look([flight for flight in late if not flight.over])
 
-    def _look_all_up(self) -> None:
-        looking, self._looking = self._looking, []
-        infos = [info for info, _ in looking]
+    def _look(self, flights: list[Flight]) -> None:
+        """Look objects up that are claimed, since somebody may have brought them just now; send for the others."""
+        infos = [flight.info for flight in flights]
         try:
-            answers = self._lookup(infos)
+            answers = self._lookup(infos) if infos else ([], [])
         except Exception:  # a warning that is made an error, say: those who wait must go on
             answers = infos, [None] * len(infos)
             _log.exception("the cache could not be looked into")
-        for (_, result), info, found in zip(looking, *answers, strict=True):
-            if not result.done():
-                result.set_result((info, found))
+        for flight, known, found in zip(flights, *answers, strict=True):
+            flight.known = known
+            if found is None:
+                self._send(flight)
+            else:
+                flight.arrived.set_result(found)
+                self._land(flight, stored=True)
 
-    async def _download(self, info: ObjectInfo, arrived: asyncio.Future[Fetched], waited: float) -> bool:
+    def _send(self, flight: Flight) -> None:
+        if flight.known.size is None or flight.known.size > LARGE:
+            self.detour(flight, None)
+        else:
+            self.downloader.express(flight)
+
+    def came(self, flight: Flight, served: ObjectInfo, body: bytes) -> None:
+        """An object has come by express: hand it on, and store it."""
+        if flight.over:
+            return
+        try:
+            self._deliver(flight, Fetched(served, body))
+            if self._cache is not None and self._admits(len(body)):
+                self._publish(flight, served, body, partial(self._stored, flight))
+            else:
+                self._stored(flight, there=False)
+        except Exception as error:
+            self._land(flight, stored=False, error=error)
+
+    def _stored(self, flight: Flight, there: bool) -> None:
+        self._count(uncached=int(not there and self._cache is not None))
+        self._land(flight, stored=there)
+
+    def detour(self, flight: Flight, first: First | None) -> None:
+        """Bring an object with all that may be needed: retries, parts, its size if nobody knows it."""
+        if not flight.over:
+            flight.task = asyncio.create_task(self._travel(flight, first))
+
+    async def _travel(self, flight: Flight, first: First | None) -> None:
+        try:
+            self._stored(flight, await self._download(flight, first))
+        except asyncio.CancelledError:
+            self._land(flight, stored=False)
+            raise
+        except BaseException as error:
+            self._land(flight, stored=False, error=error)
+
+    async def _download(self, flight: Flight, first: First | None) -> bool:
         """Bring an object: a large one in parts, straight into its file, if cache and store can do that."""
-        asked = info
-        if self._cache is not None and info.size is None:
+        if self._cache is not None and flight.known.size is None:
             try:
-                return await self._download_whole(asked, info, arrived, waited, LARGE)
+                return await self._download_whole(flight, LARGE)
             except SizeTold:
-                info = await self._store.head(info.bucket, info.key)
-                if asked.etag not in (None, info.etag):
-                    raise ObjectChanged(f"{info.uri}: its ETag is {info.etag}, not {asked.etag}") from None
-        parts = await self._download_parts(asked, info, waited)
+                known = flight.known
+                flight.known = await self._store.head(known.bucket, known.key)
+                if known.etag not in (None, flight.known.etag):
+                    text = f"{known.uri}: its ETag is {flight.known.etag}, not {known.etag}"
+                    raise ObjectChanged(text) from None
+        parts = await self._download_parts(flight)
         if parts is None:
-            return await self._download_whole(asked, info, arrived, waited, None)
+            return await self._download_whole(flight, None, first)
         body, kept = parts
-        self._deliver(Fetched(info, body), arrived)
-        self._count(uncached=int(not kept))
+        self._deliver(flight, Fetched(flight.known, body))
         return kept
 
-    async def _download_whole(
-        self,
-        asked: ObjectInfo,
-        info: ObjectInfo,
-        arrived: asyncio.Future[Fetched],
-        waited: float,
-        most: int | None,
-    ) -> bool:
-        async with self.downloader.whole(info, allowance=-waited, most=most) as (served, body):
-            self._deliver(Fetched(served, body), arrived)
-            if self._cache is not None and self._admits(len(body)):
-                return await self._publish(asked, served, body)
-            self._count(uncached=int(self._cache is not None))
-            return False
+    async def _download_whole(self, flight: Flight, most: int | None, first: First | None = None) -> bool:
+        whole = self.downloader.whole(flight.known, allowance=-flight.spent, most=most, first=first)
+        async with whole as (served, body):
+            self._deliver(flight, Fetched(served, body))
+            if self._cache is None or not self._admits(len(body)):
+                return False
+            stored: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            self._publish(flight, served, body, partial(_tell, stored))
+            return await stored
 
-    def _deliver(self, fetched: Fetched, arrived: asyncio.Future[Fetched]) -> None:
-        self._done += 1
-        self._count(gets=1, bytes=len(fetched.body))
-        arrived.set_result(fetched)
-
-    async def _download_parts(
-        self, asked: ObjectInfo, info: ObjectInfo, waited: float
-    ) -> tuple[StoredBody, bool] | None:
+    async def _download_parts(self, flight: Flight) -> tuple[StoredBody, bool] | None:
         """Bring a large object into its file, and tell whether the cache keeps it.
 
         None if it is not large, does not fit, or comes as a whole only.
         """
-        cache = self._cache
-        if cache is None or info.size is None or info.size <= LARGE or info.etag is None:
+        cache, info = self._cache, flight.known
+        if cache is None or self._writer is None or info.size is None or info.size <= LARGE or info.etag is None:
             return None
         if not self._admits(info.size):
             return None
-        run = partial(asyncio.get_running_loop().run_in_executor, self._writer)
-        id = object_id(self._store.endpoint, info.bucket, info.key)
-        beginning = run(cache.begin, id, info.etag, info.size, self._tag)
+        run = self._writer.run
+        beginning = run(cache.begin, self._id(info), info.etag, info.size, self._tag)
         try:
             entry = await asyncio.shield(beginning)
         except asyncio.CancelledError:
@@ -487,8 +483,8 @@ class Fetcher:
         if entry is None:
             return None
         try:
-            await self.downloader.parts(info, partial(run, entry.write), allowance=-waited)
-            return await run(partial(entry.finish, first_seen=asked.etag is None)), entry.kept
+            await self.downloader.parts(info, partial(run, entry.write), allowance=-flight.spent)
+            return await run(partial(entry.finish, first_seen=flight.info.etag is None)), entry.kept
         except BaseException as error:
             await run(entry.abandon)  # after the parts that are being written there
             if isinstance(error, FAULTS) and not isinstance(error, AsyncdsError):
@@ -497,70 +493,60 @@ class Fetcher:
                 raise
             return None
 
-    def _landed(self, key: Key, flight: Flight) -> None:
+    def _deliver(self, flight: Flight, fetched: Fetched) -> None:
+        self._done += 1
+        self._count(gets=1, bytes=len(fetched.body))
+        flight.arrived.set_result(fetched)
+
+    def _publish(self, flight: Flight, served: ObjectInfo, body: bytes, done: Callable[[bool], object]) -> None:
+        assert self._writer is not None
+        entry = NewEntry(self._id(served), served.etag or "", body, first_seen=flight.info.etag is None)
+        self._writer.put(entry, done)
+
+    def _id(self, info: ObjectInfo) -> bytes:
+        return object_id(self._store.endpoint, info.bucket, info.key)
+
+    def _land(self, flight: Flight, *, stored: bool, error: BaseException | None = None) -> None:
         """Let go of a flight, and tell those who wait when it failed; keep what was brought in advance for later."""
-        del self._flights[key]
+        if flight.over:
+            return
+        flight.over = True
+        del self._flights[flight.key]
         self._expected -= flight.size
         self._ahead.release(flight.reserved)
-        error = None if flight.task.cancelled() else flight.task.exception()
-        if flight.arrived.done():
-            if flight.group is not None and not flight.task.cancelled() and error is None:
-                self._keep(key, flight, flight.group)
-            return
+        if flight.claimed and self._cache is not None:
+            self._cache.unclaim(self._id(flight.info))
+        held, flight.held = flight.held, 0
+        self.downloader.memory.give_back(held)
+        if not flight.arrived.done():
+            self._fail(flight, error)
+        elif flight.group is not None:
+            self._keep(flight, flight.group, stored)
+        flight.settled.set_result(stored)
+
+    def _fail(self, flight: Flight, error: BaseException | None) -> None:
         if error is None:
-            error = DatasetClosed(f"s3://{key[0]}/{key[1]}: the dataset was closed before the object arrived")
+            error = DatasetClosed(f"{flight.info.uri}: the dataset was closed before the object arrived")
         elif flight.group is None:
             self._failed += 1
             self._count(failures=1)
         flight.arrived.set_exception(error)
         flight.arrived.exception()  # read once, so that a failure nobody waits for is not logged as lost
 
-    def _keep(self, key: Key, flight: Flight, group: int) -> None:
+    def _keep(self, flight: Flight, group: int, stored: bool) -> None:
         fetched = flight.arrived.result()
         if group == _NOBODY:
             return
-        if flight.task.result():
+        if stored:
             self._on_early(fetched.info)
         else:
-            self._ahead.keep(key[:2], fetched, len(fetched.body), group)
+            self._ahead.keep(flight.key[:2], fetched, len(fetched.body), group)
 
     def _count(self, **amounts: float) -> None:
         if self._counters is not None:
             self._counters.add(**amounts)
 
-    # into the cache, off the loop, as many at once as have gathered
 
-    async def _publish(self, asked: ObjectInfo, info: ObjectInfo, body: bytes) -> bool:
-        id = object_id(self._store.endpoint, info.bucket, info.key)
-        entry = NewEntry(id, info.etag or "", body, first_seen=asked.etag is None)
-        written: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._unwritten.append((entry, written))
-        if self._writing is None or self._writing.done():
-            self._writing = asyncio.create_task(self._write())
-        return await written
-
-    async def _write(self) -> None:
-        assert self._cache is not None
-        loop = asyncio.get_running_loop()
-        while self._unwritten:
-            batch = self._next_batch()
-            entries = [entry for entry, _ in batch]
-            try:
-                stored = await loop.run_in_executor(self._writer, self._cache.put_each, entries, self._tag)
-            except (
-                Exception
-            ) as error:  # the cache is advisory: whatever becomes of it, those who wait have their objects
-                stored = [False] * len(entries)
-                if "cannot schedule new futures" not in str(error):  # the interpreter is about to end
-                    _log.exception("objects could not be cached")
-            self._count(uncached=stored.count(False))
-            for (_, written), there in zip(batch, stored, strict=True):
-                if not written.done():
-                    written.set_result(there)
-
-    def _next_batch(self) -> list[tuple[NewEntry, asyncio.Future[bool]]]:
-        batch, size = list[tuple[NewEntry, asyncio.Future[bool]]](), 0
-        while self._unwritten and len(batch) < _BATCH_ENTRIES and size < _BATCH_BYTES:
-            batch.append(self._unwritten.popleft())
-            size += len(batch[-1][0].body)
-        return batch
+def _tell(stored: asyncio.Future[bool], there: bool) -> None:
+    if not stored.done():
+        stored.set_result(there)

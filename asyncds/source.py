@@ -23,8 +23,9 @@ from asyncds.cache import Cache, largest_that_fits
 from asyncds.download import Memory, Slots
 from asyncds.entry import object_id
 from asyncds.errors import CacheError, DatasetClosed
-from asyncds.fetcher import Fetched, Fetcher, identify, lookup, resident
+from asyncds.fetcher import Fetcher
 from asyncds.listing import Labeller, Table, list_prefix
+from asyncds.lookup import Fetched, identify, lookup, resident
 from asyncds.manifest import KeyFilter, Manifest, ObjectInfo, parse_uri
 from asyncds.portal import Portal
 from asyncds.progress import progress_bar
@@ -334,7 +335,7 @@ class Source:
             return self._runtimes[-1]
 
     def find(self, infos: Sequence[ObjectInfo]) -> tuple[list[ObjectInfo], list[Fetched | None]]:
-        """Look up a batch in the cache, in the calling thread; see `fetcher.lookup`."""
+        """Look up a batch in the cache, in the calling thread; see `lookup`."""
         if self._closed:
             raise DatasetClosed(f"{self._uri}: the dataset was closed; make a new one")
         known, found = lookup(self.cache, self.endpoint, infos, self.tag)
@@ -486,15 +487,15 @@ def _serve(fetcher: Fetcher, infos: Sequence[ObjectInfo], arrivals: Arrivals) ->
         return
     for position, flight in enumerate(flights):
         flight.arrived.add_done_callback(partial(_deliver, arrivals, position))
-    unsettled = {flight.task for flight in flights}
+    unsettled = {flight.settled for flight in flights}
 
-    def settle(task: asyncio.Task[bool]) -> None:
-        unsettled.discard(task)
+    def settle(flight: asyncio.Future[bool]) -> None:
+        unsettled.discard(flight)
         if not unsettled:
             arrivals.put(-1, None)
 
-    for task in list(unsettled):
-        task.add_done_callback(settle)
+    for settled in list(unsettled):
+        settled.add_done_callback(settle)
 
 
 def _private_file(path: Path) -> int:

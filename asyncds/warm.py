@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from asyncds.cache import Cache
 from asyncds.errors import AsyncdsError, DatasetClosed, EndpointUnreachable
-from asyncds.fetcher import Fetcher, resident
+from asyncds.fetcher import Fetcher
+from asyncds.lookup import resident
 from asyncds.manifest import Manifest, ObjectInfo
 from asyncds.progress import Advance
 from asyncds.stats import Counters

@@ -23,10 +23,11 @@ import asyncds.locks
 from asyncds.cache import INLINE_LIMIT, Cache
 from asyncds.entry import Entry, NewEntry, entry_key, object_id
 from asyncds.errors import CacheError
-from asyncds.fetcher import Fetcher, lookup
+from asyncds.fetcher import Fetcher
 from asyncds.index import is_trustworthy
 from asyncds.large import LARGE
 from asyncds.locks import Locks
+from asyncds.lookup import lookup
 from asyncds.manifest import ObjectInfo
 from asyncds.retry import Retry
 from asyncds.testing import FakeStore
@@ -201,7 +202,7 @@ async def test_look_up_that_fails_on_the_loop_hangs_no_flight_where_warnings_are
             patch.setattr(cache._folder, "query", failing)
             flights = [fetcher.start(info) for info in infos]
             assert [(await flight.arrived).body for flight in flights] == [b"0", b"1", b"2"]
-            await asyncio.wait([flight.task for flight in flights])
+            await asyncio.wait([flight.settled for flight in flights])
         assert cache.faults > 0
         assert [served.body async for served in fetcher.fetch(infos[:1])] == [b"0"]
         await fetcher.flush()
@@ -357,7 +358,7 @@ def test_fetcher_that_is_closed_while_room_is_made_for_a_large_object_leaves_not
 
     def slowly(*arguments):
         begun.set()
-        while not flights[0].task.cancelling():
+        while flights[0].task is None or not flights[0].task.cancelling():
             pass
         return begin(*arguments)
 

@@ -17,7 +17,8 @@ from asyncds.errors import (
     ObjectNotFound,
     TransferFailed,
 )
-from asyncds.fetcher import Fetched, Fetcher, lookup, resident
+from asyncds.fetcher import Fetched, Fetcher
+from asyncds.lookup import lookup, resident
 from asyncds.manifest import ObjectInfo
 from asyncds.retry import Retry
 from asyncds.stats import Counters
@@ -104,10 +105,10 @@ async def test_flight_ends_when_the_cache_has_the_object(tmp_path):
     async with fetching(store, cache) as fetcher:
         first = await fetcher.get(info)
         flight = fetcher.start(info)
-        assert not flight.task.done()
+        assert not flight.settled.done()
         assert await fetcher.get(info) == first
         cache.gate.set()
-        await flight.task
+        await flight.settled
         assert await fetcher.get(info) == first
     assert store.gets == {"k0": 1}
 
@@ -155,7 +156,7 @@ async def test_download_that_everybody_gave_up_on_still_fills_the_cache(cache):
         flight = fetcher.start(info)
         await cancelled(waiter)
         gate.set()
-        await flight.task
+        await flight.settled
     assert resident(cache, store.endpoint, [info]) == [True]
 
 
@@ -187,7 +188,7 @@ async def test_failure_that_nobody_hears_is_not_logged_as_lost(caplog, waits):
             await settle()
             await cancelled(waiter)
         gate.set()
-        await asyncio.wait([flight.task])
+        await asyncio.wait([flight.settled])
         del flight, waiter
         await settle()
     assert caplog.records == []
@@ -446,7 +447,7 @@ async def test_fetch_yields_each_object_once_from_cache_and_store(cache):
     infos = infos_of(store)
     async with fetching(store, cache) as fetcher:
         for info in infos[::3]:
-            await fetcher.start(info).task
+            await fetcher.start(info).settled
         found = [fetched async for fetched in fetcher.fetch(iter(infos))]
         assert sorted(found) == sorted(Fetched(info, store.objects["b", info.key]) for info in infos)
         assert [fetched async for fetched in fetcher.fetch([])] == []
@@ -540,7 +541,7 @@ async def test_objects_that_arrive_together_are_written_together(tmp_path):
         flights = [fetcher.start(info) for info in infos_of(store)]
         await asyncio.wait([flight.arrived for flight in flights])
         cache.gate.set()
-        await asyncio.wait([flight.task for flight in flights])
+        await asyncio.wait([flight.settled for flight in flights])
     assert sum(cache.batches) == 60
     assert len(cache.batches) <= 3
 

@@ -16,8 +16,9 @@ import pytest
 from asyncds import CachedS3MapDataset, S3Reader
 from asyncds.cache import Cache
 from asyncds.errors import DatasetClosed, ObjectChanged, TransferFailed
-from asyncds.fetcher import Fetcher, lookup
+from asyncds.fetcher import Fetcher
 from asyncds.large import LARGE, PART, StoredBody
+from asyncds.lookup import lookup
 from asyncds.manifest import ObjectInfo
 from asyncds.retry import Retry
 from asyncds.store.base import NoParts
@@ -211,7 +212,7 @@ async def test_store_that_cannot_is_asked_for_the_whole(tmp_path, known):
     info = store.info("b", "k") if known else ObjectInfo("b", "k")
     async with fetching(store, cache) as fetcher:
         assert (await fetcher.get(info)).body == BODY
-        await fetcher.start(info).task
+        await fetcher.start(info).settled
     assert len(cache) == (1 if known else 2)
     assert cache.check() == {}
 

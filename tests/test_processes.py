@@ -10,8 +10,8 @@ import time
 import pytest
 
 from asyncds import CachedS3MapDataset, S3Reader
-from asyncds.fetcher import resident
 from asyncds.locks import Locks
+from asyncds.lookup import resident
 from asyncds.testing import Fault, S3Server
 
 pytestmark = [

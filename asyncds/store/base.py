@@ -1,14 +1,16 @@
 """The seam between asyncds and a store."""
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from asyncds.errors import StoreError
 from asyncds.manifest import ObjectInfo
 
-__all__ = ["NoParts", "ObjectStore", "Reserve", "no_bound"]
+__all__ = ["First", "NoParts", "ObjectStore", "Reserve", "no_bound"]
 
 Reserve = Callable[[int], None]
+First = Callable[[], Awaitable[tuple[ObjectInfo, bytes]]]
+"""The attempt to read an object that goes before all others."""
 
 
 class NoParts(StoreError):

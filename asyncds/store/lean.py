@@ -6,6 +6,7 @@ botocore's own signature of it, and from then on builds the request itself. What
 to the full lane, which explains it.
 """
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -15,6 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -161,17 +163,42 @@ class LeanLane:
         self, info: ObjectInfo, credentials: Credentials | None, reserve: Reserve, part: slice | None = None
     ) -> Answer:
         """Send one GET, and return the answer; see `Pool.get` for errors. A body that fails its checksum is one."""
-        bucket = info.bucket
+        request = self._templates[info.bucket].request(info.key, info.etag, credentials, self._now(), part)
+        pool = self._pool(info.bucket)
+        if part is None:
+            return self._judged(info.bucket, await pool.get(request, info.size, reserve))
+        return self._judged(info.bucket, await pool.get(request, part.stop - part.start, reserve, 206), part)
+
+    def ask(
+        self,
+        info: ObjectInfo,
+        credentials: Credentials | None,
+        done: Callable[[Answer | Exception], object],
+        until: float,
+    ) -> bool:
+        """As `get`, for a whole object of known size, at once or not at all; see `Pool.ask`."""
+        assert info.size is not None
+        request = self._templates[info.bucket].request(info.key, info.etag, credentials, self._now())
+        return self._pool(info.bucket).ask(request, info.size, partial(self._tell, info.bucket, done), until)
+
+    def _tell(self, bucket: str, done: Callable[[Answer | Exception], object], answer: asyncio.Future[Answer]) -> None:
+        outcome: Answer | Exception
+        try:
+            outcome = self._judged(bucket, answer.result())
+        except Exception as error:
+            outcome = error
+        done(outcome)
+
+    def _pool(self, bucket: str) -> Pool:
         template = self._templates[bucket]
         pool = self._pools.get(template.place)
         if pool is None:
             tls = self._tls() if template.secure else None
             pool = self._pools[template.place] = Pool(*template.place, timeout=self._timeout, tls=tls)
-        request = template.request(info.key, info.etag, credentials, self._now(), part)
-        if part is None:
-            answer = await pool.get(request, info.size, reserve)
-        else:
-            answer = await pool.get(request, part.stop - part.start, reserve, 206)
+        return pool
+
+    def _judged(self, bucket: str, answer: Answer, part: slice | None = None) -> Answer:
+        """Count answers that were not understood, and refuse a whole body that fails its checksum."""
         if part is None and answer.whole and not _matches_checksum(answer):
             raise BrokenConnection("the body does not match its checksum")
         if answer.whole:

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import aiohttp
 from botocore.httpsession import get_cert_path
@@ -23,15 +23,16 @@ from asyncds.errors import (
 )
 from asyncds.manifest import ObjectInfo, normalise_etag
 from asyncds.retry import Retry
-from asyncds.store.base import NoParts, Reserve, no_bound
+from asyncds.store.base import First, NoParts, Reserve, no_bound
 from asyncds.store.connection import Connection
 from asyncds.store.lean import Credentials, LeanLane
 from asyncds.store.translate import status_error, translate
-from asyncds.store.wire import Body
+from asyncds.store.wire import Answer, Body, BrokenConnection
 
 __all__ = ["S3Store"]
 
 _CHUNK = 1 << 20
+_FRESH_S = 1.0
 _now_fetching: ContextVar[ObjectInfo | None] = ContextVar("_now_fetching", default=None)
 
 
@@ -67,6 +68,8 @@ class S3Store:
         self._context: Any = None
         self._lane: LeanLane | None = None
         self._learning: dict[str, asyncio.Event] = {}
+        self._fresh: tuple[Credentials | None, float] | None = None
+        self._renewing: asyncio.Task[None] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = (self._concurrency, self._timeout, replace(self._retry, on_retry=None), self._session_factory)
@@ -113,6 +116,27 @@ class S3Store:
                 return answer
         return await self._full(info, reserve, part)
 
+    def ask(
+        self,
+        info: ObjectInfo,
+        came: Callable[[ObjectInfo, bytes], object],
+        otherwise: Callable[[First], object],
+        until: float,
+    ) -> bool:
+        """Make one attempt to read an object of known size without a task, if that can be done at once.
+
+        Tells whether it can: where the lean lane knows the bucket and has an idle connection. Then either `came` is
+        called with what `get` returns, or `otherwise` with a function that makes an awaitable which goes on with the
+        attempt, or raises how it ended. `until` is when it ends, by the loop's clock.
+        """
+        lane, credentials = self._lane, self._fresh
+        if lane is None or credentials is None or self._loop is not asyncio.get_running_loop():
+            return False
+        self._keep_fresh()
+        return lane.knows(info.bucket) and lane.ask(
+            info, credentials[0], partial(self._answered, info, came, otherwise), until
+        )
+
     async def head(self, bucket: str, key: str) -> ObjectInfo:
         """Return size and ETag of an object. Raises `ObjectNotFound`, also where the bucket is missing."""
         info = ObjectInfo(bucket, key)
@@ -124,7 +148,9 @@ class S3Store:
     async def aclose(self) -> None:
         """Close all connections. The store can be used again after that, also on another loop."""
         context, lane, self._client, self._context, self._lane = self._context, self._lane, None, None, None
-        self._loop = None
+        self._loop = self._fresh = None
+        if self._renewing is not None:
+            self._renewing.cancel()
         if lane is not None:
             await lane.aclose()
         if context is not None:
@@ -141,15 +167,38 @@ class S3Store:
         except Exception as error:
             raise self._explained(error, info.uri) from error
         if answer.whole:
-            self.lanes["lean"] += 1
-            etag = answer.headers.get(b"etag", b"").decode("latin-1")
-            size = len(answer.body)
-            if part is not None:
-                size = _whole_size(answer.headers.get(b"content-range", b"").decode("latin-1"), part, info)
-            return ObjectInfo(info.bucket, info.key, size, normalise_etag(etag)), answer.body
+            return self._served(info, answer, part), answer.body
         if answer.status == 429 or answer.status >= 500:
             raise status_error(answer.status, "", info.uri)
         return None
+
+    def _served(self, info: ObjectInfo, answer: Answer, part: slice | None = None) -> ObjectInfo:
+        """What a whole answer says that it carries."""
+        self.lanes["lean"] += 1
+        size = len(answer.body)
+        if part is not None:
+            size = _whole_size(answer.headers.get(b"content-range", b"").decode("latin-1"), part, info)
+        return ObjectInfo(
+            info.bucket, info.key, size, normalise_etag(answer.headers.get(b"etag", b"").decode("latin-1"))
+        )
+
+    def _answered(
+        self,
+        info: ObjectInfo,
+        came: Callable[[ObjectInfo, bytes], object],
+        otherwise: Callable[[First], object],
+        answer: Answer | Exception,
+    ) -> None:
+        if isinstance(answer, BrokenConnection) and answer.untouched:
+            otherwise(partial(self.get, info))  # it was closed while it was idle
+        elif isinstance(answer, Exception):
+            otherwise(partial(_raise, self._explained(answer, info.uri)))
+        elif answer.whole:
+            came(self._served(info, answer), answer.body)
+        elif answer.status == 429 or answer.status >= 500:
+            otherwise(partial(_raise, status_error(answer.status, "", info.uri)))
+        else:
+            otherwise(partial(self._full, info, no_bound, None))
 
     async def _full(self, info: ObjectInfo, reserve: Reserve, part: slice | None) -> tuple[ObjectInfo, bytes]:
         arguments = {"Bucket": info.bucket, "Key": info.key}
@@ -218,11 +267,25 @@ class S3Store:
 
     async def _credentials(self) -> Credentials | None:
         """What botocore's provider chain holds now, refreshed by it when due."""
-        provider = self._client._request_signer._credentials
-        if provider is None:
-            return None
-        frozen = await provider.get_frozen_credentials()
-        return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+        provider, found = self._client._request_signer._credentials, None
+        if provider is not None:
+            frozen = await provider.get_frozen_credentials()
+            found = Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+        self._fresh = found, asyncio.get_running_loop().time()
+        return found
+
+    def _keep_fresh(self) -> None:
+        """Look after the credentials that `ask` uses once a second; who gets none for long, takes the long way."""
+        assert self._fresh is not None
+        age = asyncio.get_running_loop().time() - self._fresh[1]
+        if age > _FRESH_S and (self._renewing is None or self._renewing.done()):
+            self._renewing = asyncio.create_task(self._renew())
+
+    async def _renew(self) -> None:
+        try:
+            await self._credentials()
+        except Exception:  # the next one who needs them learns why
+            self._fresh = None
 
     def _explained(self, error: Exception, what: str) -> AsyncdsError:
         return translate(error, what, self.connection.hint, self.connection.endpoint or "AWS")
@@ -250,7 +313,7 @@ class S3Store:
         if self._loop is not asyncio.get_running_loop():  # another process's, after a fork, or another life
             self._loop = asyncio.get_running_loop()
             self._opening, self._learning = asyncio.Lock(), {}
-            self._client = self._context = self._lane = None
+            self._client = self._context = self._lane = self._fresh = self._renewing = None
         if self._client is None:
             async with self._opening:
                 if self._client is None:
@@ -306,6 +369,10 @@ class S3Store:
             arguments["aws_secret_access_key"] = connection.secret_key
             arguments["aws_session_token"] = connection.session_token
         return arguments
+
+
+async def _raise(error: AsyncdsError) -> NoReturn:
+    raise error
 
 
 def _whole_size(content_range: str, part: slice, info: ObjectInfo) -> int:

@@ -7,8 +7,11 @@ to the next request.
 
 import asyncio
 import io
+import math
 import ssl
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from asyncds.store.base import Reserve, no_bound
@@ -71,7 +74,7 @@ class _Connection(asyncio.BufferedProtocol):
     def __init__(self, buffer: memoryview) -> None:
         self.answer: asyncio.Future[Answer] | None = None
         self.progress = 0.0
-        self.used = False
+        self.until = math.inf  # when the answer must be there
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
         self._buffer = buffer
@@ -173,7 +176,6 @@ class _Connection(asyncio.BufferedProtocol):
 
     def _finish(self, answer: Answer) -> None:
         assert self.answer is not None
-        self.used = True
         self.answer.set_result(answer)
 
     def _fail(self, error: BaseException) -> None:
@@ -234,22 +236,49 @@ class Pool:
                     raise
         return await self._asked(await self._opened(), request, size, reserve, status)
 
+    def ask(self, request: bytes, size: int, done: Callable[[asyncio.Future[Answer]], object], until: float) -> bool:
+        """Send a request on a connection that is open and idle, if there is one; tell whether there was.
+
+        `done` is called with the future of what `get` returns or raises; there is no second try. What is not there
+        at `until`, by the clock of the loop, is broken.
+        """
+        connection = self._kept()
+        if connection is None:
+            return False
+        self._busy.add(connection)
+        self._watch_over()
+        connection.until = until
+        connection.ask(request, size, no_bound, 200).add_done_callback(partial(self._answered, connection, done))
+        return True
+
+    def _answered(
+        self,
+        connection: _Connection,
+        done: Callable[[asyncio.Future[Answer]], object],
+        answer: asyncio.Future[Answer],
+    ) -> None:
+        self._let_go(connection)
+        done(answer)
+
+    def _let_go(self, connection: _Connection) -> None:
+        connection.answer = None  # an idle connection does not keep what it brought
+        connection.until = math.inf
+        self._busy.discard(connection)
+        if connection.is_open:
+            self._idle.append(connection)
+
     async def _asked(
         self, connection: _Connection, request: bytes, size: int | None, reserve: Reserve, status: int
     ) -> Answer:
         self._busy.add(connection)
         self._watch_over()
         try:
-            answer = await connection.ask(request, size, reserve, status)
+            return await connection.ask(request, size, reserve, status)
         except BaseException:
             connection.abort()
             raise
         finally:
-            connection.answer = None  # an idle connection does not keep what it brought
-            self._busy.discard(connection)
-        if connection.is_open:
-            self._idle.append(connection)
-        return answer
+            self._let_go(connection)
 
     def _kept(self) -> _Connection | None:
         """The connection that was used last, if one is alive."""
@@ -281,8 +310,13 @@ class Pool:
         self._watch = None
         for connection in list(self._busy):
             answer = connection.answer
-            if answer is not None and not answer.done() and now - connection.progress > self._timeout:
+            if answer is None or answer.done():
+                continue
+            if now - connection.progress > self._timeout:
                 answer.set_exception(BrokenConnection(f"no byte came for {self._timeout:g} s"))
+                connection.abort()
+            elif now > connection.until:
+                answer.set_exception(BrokenConnection("it took too long"))
                 connection.abort()
         while self._idle and now - self._idle[0].progress > _IDLE_S:
             self._idle.popleft().abort()
