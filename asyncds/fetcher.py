@@ -157,7 +157,7 @@ class Fetcher:
         slots: Slots | None = None,
         memory: Memory | None = None,
         admits: Callable[[int], bool] | None = None,
-        on_early: Callable[[ObjectInfo], None] | None = None,
+        on_early: Callable[[Fetched], None] | None = None,
     ) -> None:
         try:
             inspect.signature(store.get).bind(None, None, None)
@@ -173,7 +173,7 @@ class Fetcher:
         self._tag = tag
         self._admits = admits or (lambda size: True)
         self._counters = counters
-        self._on_early = on_early or (lambda info: None)
+        self._on_early = on_early or (lambda fetched: None)
         self._flights: dict[Key, Flight] = {}
         self._ahead = Prefetch[ObjectInfo, Fetched]()
         self._slots.listeners.add(self)
@@ -538,7 +538,7 @@ class Fetcher:
         if group == _NOBODY:
             return
         if stored:
-            self._on_early(fetched.info)
+            self._on_early(fetched)
         else:
             self._ahead.keep(flight.key[:2], fetched, len(fetched.body), group)
 

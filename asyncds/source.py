@@ -41,7 +41,7 @@ __all__ = ["Arrivals", "Source", "StoreRecipe"]
 _FIRST_TO_CLOSE, _LAST_TO_CLOSE = 100, 90
 _SECONDS_BETWEEN_CHECKS = 5.0
 _LOOKUP = 1000
-_MOST_EARLY = 100_000
+_MOST_EARLY, _EARLY_BYTES, _SMALL = 100_000, 16 << 20, 256 << 10
 # The defaults of s3torchconnector's S3ClientConfig: a value that equals them was not chosen.
 _CRT_GBPS, _CRT_ATTEMPTS = 10.0, 10
 
@@ -163,22 +163,52 @@ class Arrivals:
 
 
 class _Early:
-    """Objects that were brought into the cache in advance, and not asked for since. Safe to use from any thread."""
+    """Objects that were brought into the cache in advance, and not asked for since. Safe to use from any thread.
+
+    The bodies of small ones are kept as well, up to 16 MiB: reading them back from the index, row by row, while the
+    loop's thread wants the interpreter, too, takes longer than all the rest of a hit.
+    """
 
     def __init__(self) -> None:
-        self.objects = set[tuple[str, str]]()
+        self._lock = threading.Lock()
+        self.objects: dict[tuple[str, str], Fetched | None] = {}
+        self._bytes = 0
 
-    def add(self, info: ObjectInfo) -> None:
-        if len(self.objects) >= _MOST_EARLY:  # those whom nobody asked for in the end
-            self.objects.clear()
-        self.objects.add((info.bucket, info.key))
+    def __reduce__(self) -> tuple[type["_Early"], tuple[()]]:
+        return _Early, ()
 
-    def count(self, infos: Sequence[ObjectInfo], found: Sequence[Fetched | None]) -> int:
-        """How many of the objects that were found are among them. They are taken out."""
-        asked = {(info.bucket, info.key) for info, there in zip(infos, found, strict=True) if there is not None}
-        hits = asked & self.objects
-        self.objects -= hits
-        return len(hits)
+    def add(self, fetched: Fetched) -> None:
+        size, body = len(fetched.body), fetched.body
+        with self._lock:
+            if len(self.objects) >= _MOST_EARLY:  # those whom nobody asked for in the end
+                self._clear()
+            fits = isinstance(body, bytes) and size <= _SMALL and self._bytes + size <= _EARLY_BYTES
+            self._bytes += size if fits else 0
+            self._pop((fetched.info.bucket, fetched.info.key))
+            self.objects[fetched.info.bucket, fetched.info.key] = fetched if fits else None
+
+    def take(self, infos: Sequence[ObjectInfo]) -> tuple[list[bool], list[Fetched | None]]:
+        """Take objects out. Returns which of them were brought in advance, and what is at hand of each."""
+        with self._lock:
+            early = [(info.bucket, info.key) in self.objects for info in infos]
+            found = [self._pop((info.bucket, info.key)) for info in infos]
+        for place, (info, there) in enumerate(zip(infos, found, strict=True)):
+            if there is not None and info.etag not in (None, there.info.etag):
+                found[place] = None
+        return early, found
+
+    def clear(self) -> None:
+        with self._lock:
+            self._clear()
+
+    def _pop(self, place: tuple[str, str]) -> Fetched | None:
+        fetched = self.objects.pop(place, None)
+        self._bytes -= len(fetched.body) if fetched is not None else 0
+        return fetched
+
+    def _clear(self) -> None:
+        self.objects.clear()
+        self._bytes = 0
 
 
 class _Runtime:
@@ -338,10 +368,23 @@ class Source:
         """Look up a batch in the cache, in the calling thread; see `lookup`."""
         if self._closed:
             raise DatasetClosed(f"{self._uri}: the dataset was closed; make a new one")
-        known, found = lookup(self.cache, self.endpoint, infos, self.tag)
+        if not self.early.objects:
+            found = lookup(self.cache, self.endpoint, infos, self.tag)
+        else:
+            found = self._find_early(infos)
         self.insist()
-        if self.early.objects:
-            self.counters.add(prefetch_hits=self.early.count(known, found))
+        return found
+
+    def _find_early(self, infos: Sequence[ObjectInfo]) -> tuple[list[ObjectInfo], list[Fetched | None]]:
+        """As `find`, where some may have been brought in advance."""
+        early, found = self.early.take(infos)
+        known, missing = list(infos), [place for place, there in enumerate(found) if there is None]
+        if missing:
+            answers = lookup(self.cache, self.endpoint, [infos[place] for place in missing], self.tag)
+            for place, info, there in zip(missing, *answers, strict=True):
+                known[place], found[place] = info, there
+        hits = sum(was and there is not None for was, there in zip(early, found, strict=True))
+        self.counters.add(prefetch_hits=hits)
         return known, found
 
     def insist(self) -> None:
@@ -394,6 +437,7 @@ class Source:
 
     def forget(self, group: int) -> None:
         """Drop what was to be brought for this group, and is not under way; in the process that asked for it."""
+        self.early.clear()
         if self._runtimes and self._runtimes[-1].pid == os.getpid():
             self._runtimes[-1].portal.post(self._runtimes[-1].fetcher.forget, partial(operator.eq, group))
 

@@ -62,9 +62,7 @@ class Counters:
         with self._lock:
             self._begin()
             for name, amount in amounts.items():
-                self._values[_PLACE[name]] += amount
-            if self._page is not None:
-                _VALUES.pack_into(self._page, 0, self._pid, *self._values)
+                self._add(_PLACE[name], amount)
 
     def observe(self, seconds: float) -> None:
         """Count a request that took so long."""
@@ -72,9 +70,12 @@ class Counters:
         place = len(COUNTERS) + min(_BUCKETS - 1, bucket)
         with self._lock:
             self._begin()
-            self._values[place] += 1
-            if self._page is not None:
-                _VALUE.pack_into(self._page, _VALUE.size * (1 + place), self._values[place])
+            self._add(place, 1)
+
+    def _add(self, place: int, amount: float) -> None:
+        value = self._values[place] = self._values[place] + amount
+        if self._page is not None:
+            _VALUE.pack_into(self._page, _VALUE.size * (1 + place), value)
 
     def _begin(self) -> None:
         if self._pid != os.getpid():

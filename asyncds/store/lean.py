@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from asyncds.manifest import ObjectInfo
@@ -46,14 +46,24 @@ class Credentials:
     token: str | None = field(repr=False)
 
 
+class _Shape(NamedTuple):
+    """A request and its canonical form, with `%s` in the place of the path, of the ETag if any, and of the signature.
+
+    The canonical form is None if requests are not signed.
+    """
+
+    request: str
+    canonical: str | None
+
+
 class Template:
     """A GET of one bucket, as botocore prepared it, minus the key, the date and the signature."""
 
     def __init__(self, url: str, key: str, headers: dict[str, str]) -> None:
         parts = urlsplit(url)
         quoted = quote(key, safe="/~")
-        if not parts.path.endswith(quoted) or parts.query or not parts.hostname:
-            raise ValueError("the URL does not end in the key")
+        if not parts.path.endswith(quoted) or parts.query or not parts.hostname or "%" in parts.netloc:
+            raise ValueError("the URL is more than a place and a path that ends in the key")
         self.secure = parts.scheme == "https"
         self.place = parts.hostname, parts.port or (443 if self.secure else 80)
         self._folder = parts.path.removesuffix(quoted)
@@ -72,6 +82,8 @@ class Template:
         self._day = ""
         self._day_of: Credentials | None = None
         self._signing_key = b""
+        self._shapes_of: tuple[str, Credentials | None] = "", None
+        self._shapes: dict[bool, _Shape] = {}
 
     def request(
         self, key: str, etag: str | None, credentials: Credentials | None, stamp: str, part: slice | None = None
@@ -81,36 +93,57 @@ class Template:
         SigV4 as in AWS's "Signature Version 4 signing process"; what botocore leaves unsigned is so here.
         """
         path = self._folder + quote(key, safe="/~")
-        headers = dict(self._constant)
-        if etag is not None and etag.isascii() and etag.isprintable():  # a shortcut only: the answer's ETag is compared
-            headers["if-match"] = f'"{etag}"'
+        tagged = etag is not None and etag.isascii() and etag.isprintable()  # a shortcut: the answer's ETag is compared
+        fill = (path, f'"{etag}"') if tagged else (path,)
+        shape = self._shape(stamp, credentials, tagged, part)
+        if shape.canonical is not None and credentials is not None:
+            fill = *fill, self._signature(shape.canonical % fill, stamp, credentials)
+        return (shape.request % fill).encode()
+
+    def _shape(self, stamp: str, credentials: Credentials | None, tagged: bool, part: slice | None) -> "_Shape":
+        """What all requests of the same second have in common."""
+        if part is not None:
+            return self._shaped(stamp, credentials, tagged, part)
+        if self._shapes_of != (stamp, credentials):
+            self._shapes_of, self._shapes = (stamp, credentials), {}
+        shape = self._shapes.get(tagged)
+        if shape is None:
+            shape = self._shapes[tagged] = self._shaped(stamp, credentials, tagged, part)
+        return shape
+
+    def _shaped(self, stamp: str, credentials: Credentials | None, tagged: bool, part: slice | None) -> "_Shape":
+        headers, canonical = dict(self._constant), None
         if part is not None:
             headers["range"] = f"bytes={part.start}-{part.stop - 1}"
         if self._signs and credentials is not None:
             headers["x-amz-date"] = stamp
             if credentials.token:
                 headers["x-amz-security-token"] = credentials.token
-            headers["authorization"] = self._authorization(path, headers, credentials)
-        headers |= {"host": self._host, "user-agent": self._agent, "accept-encoding": "identity"}
+        headers = {name: value.replace("%", "%%") for name, value in headers.items()}
+        if tagged:
+            headers = {"if-match": "%s"} | headers
+        if self._signs and credentials is not None:
+            names, canonical = self._canonical("%s", headers)
+            scope = f"{credentials.access_key}/{self._scope(stamp)}".replace("%", "%%")
+            headers["authorization"] = f"{_ALGORITHM} Credential={scope}, SignedHeaders={names}, Signature=%s"
+        headers |= {"host": self._host, "user-agent": self._agent.replace("%", "%%"), "accept-encoding": "identity"}
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        return f"GET {path} HTTP/1.1\r\n{lines}\r\n".encode()
+        return _Shape(f"GET %s HTTP/1.1\r\n{lines}\r\n", canonical)
 
-    def _authorization(self, path: str, headers: dict[str, str], credentials: Credentials) -> str:
-        names, signature, scope = self.sign(path, headers, credentials)
-        return f"{_ALGORITHM} Credential={credentials.access_key}/{scope}, SignedHeaders={names}, Signature={signature}"
-
-    def sign(self, path: str, headers: dict[str, str], credentials: Credentials) -> tuple[str, str, str]:
-        """Return the signed headers' names, the signature and the scope of a GET with these headers."""
+    def _canonical(self, path: str, headers: dict[str, str]) -> tuple[str, str]:
+        """The names of the signed headers, and the canonical request of a GET with these headers."""
         signed = sorted({**headers, "host": self._host}.items())
         names = ";".join(name for name, _ in signed)
         lines = "".join(f"{name}:{value}\n" for name, value in signed)
-        canonical = f"GET\n{path}\n\n{lines}\n{names}\n{headers['x-amz-content-sha256']}"
-        stamp = headers["x-amz-date"]
-        scope = f"{stamp[:8]}/{self._region}/{self._service}/aws4_request"
+        return names, f"GET\n{path}\n\n{lines}\n{names}\n{headers['x-amz-content-sha256']}"
+
+    def _signature(self, canonical: str, stamp: str, credentials: Credentials) -> str:
         hashed = hashlib.sha256(canonical.encode()).hexdigest()
-        text = f"{_ALGORITHM}\n{stamp}\n{scope}\n{hashed}"
-        key = self._key_of_the_day(stamp[:8], credentials)
-        return names, hmac.digest(key, text.encode(), "sha256").hex(), scope
+        text = f"{_ALGORITHM}\n{stamp}\n{self._scope(stamp)}\n{hashed}"
+        return hmac.digest(self._key_of_the_day(stamp[:8], credentials), text.encode(), "sha256").hex()
+
+    def _scope(self, stamp: str) -> str:
+        return f"{stamp[:8]}/{self._region}/{self._service}/aws4_request"
 
     def _key_of_the_day(self, day: str, credentials: Credentials) -> bytes:
         if (day, credentials) != (self._day, self._day_of):
@@ -129,7 +162,8 @@ class Template:
         theirs = headers["authorization"]
         names = theirs.partition("SignedHeaders=")[2].partition(",")[0].split(";")
         signed = {name: headers[name] for name in names if name != "host"}
-        ours, signature, _ = self.sign(path, signed, credentials)
+        ours, canonical = self._canonical(path, signed)
+        signature = self._signature(canonical, headers["x-amz-date"], credentials)
         return ours == ";".join(names) and theirs.endswith(f"Signature={signature}")
 
 
