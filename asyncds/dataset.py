@@ -4,9 +4,8 @@ import itertools
 import math
 import operator
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, NotRequired, Self, Unpack
 
@@ -15,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, random_split
 
+from asyncds.batch import Part, PartBatch, in_turn, side_by_side
 from asyncds.errors import CacheError, ConfigurationError, DatasetClosed, StoreError
 from asyncds.labels import labeller, read_csv
 from asyncds.listing import Labeller, labels_of
 from asyncds.loading import loader
 from asyncds.lookahead import Batch, Horizon, ReadsAhead
-from asyncds.lookup import Fetched
 from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, parse_uri
 from asyncds.reader import S3Reader
 from asyncds.settings import Options, or_close_to
@@ -57,15 +56,6 @@ class _Common(Options):
 _OF_CONSTRUCTORS = ("label", "labels", "match", "limit", "refresh", "root", "key")
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Objects that share a source and are turned into samples in the same way."""
-
-    source: Source
-    transform: Callable[[S3Reader], Any]
-    target_transform: Callable[[Any], Any] | None
-
-
 class CachedS3MapDataset(ReadsAhead):
     """A map-style dataset whose samples are objects of a bucket, read through a cache on local disk.
 
@@ -73,6 +63,8 @@ class CachedS3MapDataset(ReadsAhead):
     `(transform(object), target_transform(label))`. A batch that the DataLoader asks for (`__getitems__`) is looked up
     with one query, and what is missing is downloaded concurrently while its first samples are already transformed.
     Transforms run one after another, in the order of the batch, so random ones draw what they would without asyncds.
+    With `decode_threads` they run in so many threads: that pays where they release the interpreter's lock, and those
+    that draw random numbers then do so in another order each time.
 
     Made by `from_prefix`, `from_objects`, `from_manifest` or `from_csv`, which all accept by keyword:
 
@@ -87,7 +79,7 @@ class CachedS3MapDataset(ReadsAhead):
     note.
     """
 
-    def __init__(self, parts: Sequence[_Part], rows: NDArray[np.int64] | None = None) -> None:
+    def __init__(self, parts: Sequence[Part], rows: NDArray[np.int64] | None = None) -> None:
         self._parts = tuple(parts)
         self._rows = rows
         self._horizon = Horizon()
@@ -209,7 +201,7 @@ class CachedS3MapDataset(ReadsAhead):
             raise ConfigurationError(f"no argument or setting is called {name!r}{or_close_to(name, known)}")
         transform = arguments.pop("transform", None) or _identity
         target_transform = arguments.pop("target_transform", None)
-        return cls([_Part(Source(StoreRecipe.of(**arguments), uri, **table), transform, target_transform)])
+        return cls([Part(Source(StoreRecipe.of(**arguments), uri, **table), transform, target_transform)])
 
     # reading
 
@@ -218,7 +210,7 @@ class CachedS3MapDataset(ReadsAhead):
 
     def __getitem__(self, index: int) -> Any:
         (owner,), (row,) = self._owned(self._checked([index]))
-        batch = _Batch(self._parts[owner], np.array([row]))
+        batch = PartBatch(self._parts[owner], np.array([row]))
         sample = batch.sample(0)
         batch.settle()
         return sample
@@ -226,15 +218,17 @@ class CachedS3MapDataset(ReadsAhead):
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Return one sample for each index, in their order. Negative indices count from the end."""
         owners, rows = self._owned(self._checked(indices))
-        batches = {owner: _Batch(self._parts[owner], rows[owners == owner]) for owner in np.unique(owners).tolist()}
+        batches = {owner: PartBatch(self._parts[owner], rows[owners == owner]) for owner in np.unique(owners).tolist()}
         if isinstance(indices, Batch):
             self._look_ahead(indices)
         places = {owner: itertools.count() for owner in batches}
+        wanted = [(batches[owner], next(places[owner])) for owner in owners.tolist()]
+        threads = max(part.source.settings.decode_threads for part in self._parts)
+        made = in_turn(wanted) if threads == 0 else side_by_side(wanted, threads)
         samples = []
-        for index, owner in zip(indices, owners.tolist(), strict=True):
-            place = next(places[owner])
+        for index, owner, sample in zip(indices, owners.tolist(), made, strict=True):
             try:
-                samples.append(batches[owner].sample(place))
+                samples.append(sample())
             except Exception as error:
                 samples += self._instead(operator.index(index), self._parts[owner].source, error)
         for batch in batches.values():
@@ -329,7 +323,7 @@ class CachedS3MapDataset(ReadsAhead):
         return {str(label): label for label in np.unique(np.concatenate(columns)).tolist()}
 
     @staticmethod
-    def _labels(part: _Part) -> NDArray[Any]:
+    def _labels(part: Part) -> NDArray[Any]:
         labels = part.source.manifest.labels
         if labels is None:
             raise AttributeError("this dataset has no labels: give label= or labels= when it is made")
@@ -480,60 +474,3 @@ class CachedS3MapDataset(ReadsAhead):
         samples = f"{len(self):,} samples" if self._rows is not None or listed else "not listed yet"
         stats = self.stats()
         return f"<{type(self).__name__} {sources}: {samples}, {stats['hits']:,} hits, {stats['gets']:,} GETs>"
-
-
-class _Batch:
-    """Samples of one part that were asked for together."""
-
-    def __init__(self, part: _Part, rows: NDArray[np.int64]) -> None:
-        self._part = part
-        manifest = part.source.manifest
-        labels = manifest.labels
-        self._labels = None if labels is None else labels[rows].tolist()
-        self._infos, self._found = part.source.find(manifest.rows(rows))
-        missing = [position for position, found in enumerate(self._found) if found is None]
-        self._arrivals = part.source.request([self._infos[position] for position in missing]) if missing else None
-        self._place = {position: place for place, position in enumerate(missing)}
-        self._blocked = self._transforming = 0.0
-
-    def sample(self, position: int) -> Any:
-        """Wait for the object if need be, and turn it into a sample; to be called once for each position, in order."""
-        info, body = self._fetched(position)
-        reader = S3Reader(info.bucket, info.key, body, info.etag)
-        started = time.perf_counter()
-        try:
-            sample = self._part.transform(reader)
-            if self._labels is not None:
-                target_transform, label = self._part.target_transform, self._labels[position]
-                sample = sample, label if target_transform is None else target_transform(label)
-        except Exception as error:
-            error.add_note(f"while transforming {info.uri}")
-            raise
-        self._transforming += time.perf_counter() - started
-        return sample
-
-    def _fetched(self, position: int) -> Fetched:
-        found, self._found[position] = self._found[position], None
-        if found is not None:
-            return found
-        assert self._arrivals is not None
-        started = time.perf_counter()
-        fetched = self._arrivals.take(self._place[position])
-        self._blocked += time.perf_counter() - started
-        return fetched
-
-    def settle(self) -> None:
-        """Wait until the cache has the batch, and count it."""
-        if self._arrivals is not None:
-            started = time.perf_counter()
-            self._arrivals.settle()
-            self._blocked += time.perf_counter() - started
-        misses = len(self._place)
-        self._part.source.counters.add(
-            samples=len(self._infos),
-            hits=len(self._infos) - misses,
-            misses=misses,
-            blocked_s=self._blocked,
-            transform_s=self._transforming,
-        )
-        self._part.source.insist()

@@ -193,8 +193,8 @@ class Express(Protocol):
 class Downloader:
     """Brings the bytes of objects, within `slots` for requests and `memory` for what has arrived and is not yet gone.
 
-    `observe` is told of each request that brought what was asked for how many seconds it took. `allowance`, in seconds,
-    is added to the deadline of a download. Lives on one event loop.
+    `observe` is told of each request that brought what was asked for how many seconds it took. `spent` is how
+    many seconds of a download's deadline are over before it begins. Lives on one event loop.
     """
 
     def __init__(
@@ -271,7 +271,7 @@ class Downloader:
 
     @contextlib.asynccontextmanager
     async def whole(
-        self, info: ObjectInfo, *, allowance: float = 0.0, most: int | None = None, first: First | None = None
+        self, info: ObjectInfo, *, spent: float = 0.0, most: int | None = None, first: First | None = None
     ) -> AsyncGenerator[tuple[ObjectInfo, bytes], None]:
         """Yield an object, verified; the memory for it is held until the end of the context.
 
@@ -280,7 +280,7 @@ class Downloader:
         """
         turn = _Turn(self._slots, self.memory, self.expected_size(info))
         try:
-            served, body = await self._brought(info, turn, allowance, most, first)
+            served, body = await self._brought(info, turn, spent, most, first)
             turn.hold(len(body))
             self._count += 1
             self._bytes += len(body)
@@ -288,7 +288,7 @@ class Downloader:
         finally:
             turn.release()
 
-    async def parts(self, info: ObjectInfo, write: Callable[[int, bytes], Any], *, allowance: float = 0.0) -> None:
+    async def parts(self, info: ObjectInfo, write: Callable[[int, bytes], Any], *, spent: float = 0.0) -> None:
         """Bring an object of known size and ETag in parts of 8 MiB, and await `write(position, part)` for each.
 
         The parts arrive in any order. The first error cancels the others, and is raised: one of those that `whole`
@@ -297,7 +297,7 @@ class Downloader:
         assert info.size is not None
         starts = range(0, info.size, PART)
         parts = [slice(start, min(start + PART, info.size)) for start in starts]
-        tasks = [asyncio.create_task(self._bring(info, part, write, allowance)) for part in parts]
+        tasks = [asyncio.create_task(self._bring(info, part, write, spent)) for part in parts]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -306,14 +306,14 @@ class Downloader:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _brought(
-        self, info: ObjectInfo, turn: _Turn, allowance: float, most: int | None, first: First | None
+        self, info: ObjectInfo, turn: _Turn, spent: float, most: int | None, first: First | None
     ) -> tuple[ObjectInfo, bytes]:
         """Ask for an object; anew, with room for it, if its answer tells a size that there was no room for."""
         attempts = iter(() if first is None else (first,))
         attempt = partial(self._attempt, info, turn, most, attempts)
         for _ in range(_SIZES_TOLD):
             try:
-                return await self._retry(attempt, info.uri, turn, turn.size / _SLOWEST + allowance)
+                return await self._retry(attempt, info.uri, turn, turn.size / _SLOWEST, spent)
             except SizeTold as told:
                 if most is not None and told.size > most:
                     raise
@@ -331,12 +331,12 @@ class Downloader:
         self._observe(time.perf_counter() - started)
         return served, body
 
-    async def _bring(self, info: ObjectInfo, part: slice, write: Callable[[int, bytes], Any], allowance: float) -> None:
+    async def _bring(self, info: ObjectInfo, part: slice, write: Callable[[int, bytes], Any], spent: float) -> None:
         turn = _Turn(self._slots, self.memory, part.stop - part.start)
         try:
             attempt = partial(self._attempt_part, info, part)
-            allowance += (info.size or 0) / _SLOWEST
-            await write(part.start, await self._retry(attempt, info.uri, turn, allowance))
+            allowance = (info.size or 0) / _SLOWEST
+            await write(part.start, await self._retry(attempt, info.uri, turn, allowance, spent))
         finally:
             turn.release()
 

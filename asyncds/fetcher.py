@@ -453,7 +453,7 @@ class Fetcher:
         return kept
 
     async def _download_whole(self, flight: Flight, most: int | None, first: First | None = None) -> bool:
-        whole = self.downloader.whole(flight.known, allowance=-flight.spent, most=most, first=first)
+        whole = self.downloader.whole(flight.known, spent=flight.spent, most=most, first=first)
         async with whole as (served, body):
             self._deliver(flight, Fetched(served, body))
             if self._cache is None or not self._admits(len(body)):
@@ -483,7 +483,7 @@ class Fetcher:
         if entry is None:
             return None
         try:
-            await self.downloader.parts(info, partial(run, entry.write), allowance=-flight.spent)
+            await self.downloader.parts(info, partial(run, entry.write), spent=flight.spent)
             return await run(partial(entry.finish, first_seen=flight.info.etag is None)), entry.kept
         except BaseException as error:
             await run(entry.abandon)  # after the parts that are being written there

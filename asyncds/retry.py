@@ -53,17 +53,18 @@ class Retry:
         what: str,
         slots: AbstractAsyncContextManager[object] = nullcontext(),  # noqa: B008 - stateless
         allowance: float = 0.0,
+        spent: float = 0.0,
     ) -> T:
         """Return the first success of `attempt(clock)`, each made while holding `slots`.
 
-        `allowance` is added to the deadline, in seconds: what is large takes longer. `clock` is the `asyncio.timeout`
-        of what is left of it.
+        `allowance` is added to the deadline, in seconds: what is large takes longer; `spent` of them are over already.
+        `clock` is the `asyncio.timeout` of what is left.
 
         Raises the last error with attempts, seconds and remedy in its message, or `DeadlineExceeded`. Cancelling the
         call cancels the attempt and waits for it.
         """
         now, tries, last, deadline = asyncio.get_running_loop().time, 0, "", self.deadline + allowance
-        left = deadline
+        left = deadline - spent
         while True:
             tries += 1
             try:
@@ -77,22 +78,23 @@ class Retry:
             except TimeoutError as error:
                 if isinstance(error, AsyncdsError) or not clock.expired():
                     raise
-                story = f"{what}: no complete answer within {deadline:.4g} s in {tries} attempts"
-                raise DeadlineExceeded(f"{story}{last}; raise ASYNCDS_DEADLINE if that is expected") from None
+                raise _too_late(what, deadline, tries, last) from None
             except AsyncdsError as error:
                 failure = error
+            if spent >= deadline and failure.transient:
+                raise _too_late(what, deadline, tries, f", the last one: {failure}") from None
             self.reached = self.reached or not isinstance(failure, EndpointUnreachable)
             delay = pause(tries)
             limit = deadline if self.reached else min(deadline, self.first_contact)
-            spent = deadline - left
-            if not failure.transient or tries > self.retries or spent + delay > limit:
+            used = deadline - left
+            if not failure.transient or tries > self.retries or used + delay > limit:
                 _log.debug("given up", exc_info=failure)
-                raise _told(failure, tries, spent) from None  # a page of frames of aiohttp and botocore helps nobody
+                raise _told(failure, tries, used) from None  # a page of frames of aiohttp and botocore helps nobody
             last = f", the last one: {failure}"
             if self.on_retry is not None:
                 self.on_retry()
-            if spent > _SILENCE_S:
-                self._warn(failure, limit - spent)
+            if used > _SILENCE_S:
+                self._warn(failure, limit - used)
             await asyncio.sleep(delay)
             left -= delay
 
@@ -102,6 +104,11 @@ class Retry:
         if now - self._warned > _SECONDS_BETWEEN_WARNINGS:
             self._warned = now
             _log.warning("%s; trying again, for %.0f s at most (ASYNCDS_DEADLINE)", failure, left)
+
+
+def _too_late(what: str, deadline: float, tries: int, last: str) -> DeadlineExceeded:
+    story = f"{what}: no complete answer within {deadline:.4g} s in {tries} attempts"
+    return DeadlineExceeded(f"{story}{last}; raise ASYNCDS_DEADLINE if that is expected")
 
 
 def _told(error: AsyncdsError, tries: int, spent: float) -> AsyncdsError:

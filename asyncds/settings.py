@@ -107,6 +107,7 @@ class Options(TypedDict):
     strict: NotRequired[bool]
     on_error: NotRequired[Literal["raise", "replace", "skip"]]
     max_failures: NotRequired[int | float]
+    decode_threads: NotRequired[int]
     timeout: NotRequired[float]
     deadline: NotRequired[float]
     first_contact: NotRequired[float]
@@ -148,6 +149,9 @@ class Settings(BaseSettings):
     )
     max_failures: Annotated[int | float, BeforeValidator(_number)] = Field(
         100, ge=0, description="samples that may be replaced or skipped: a number, or a share of the dataset below 1"
+    )
+    decode_threads: int = Field(
+        0, ge=0, le=256, description="threads for transforms, per process; 0: in order, in the calling thread"
     )
     timeout: float = Field(10.0, gt=0, le=3600, description="seconds without progress that end an attempt")
     deadline: float = Field(60.0, gt=0, le=86400, description="seconds for one object, with its retries")

@@ -46,8 +46,9 @@ def tensor(n):
     return torch.tensor(list(body(KEYS[n])), dtype=torch.uint8)
 
 
-def test_a_failure_is_raised_by_default_with_its_type_and_the_object(bucket):
-    with broken(bucket) as dataset:
+@pytest.mark.parametrize("threads", [0, 3])
+def test_a_failure_is_raised_by_default_with_its_type_and_the_object(bucket, threads):
+    with broken(bucket, decode_threads=threads) as dataset:
         with pytest.raises(ObjectNotFound, match=KEYS[3]):
             dataset.__getitems__([1, 3])
         with pytest.raises(ValueError, match="not an image") as raised:
@@ -57,10 +58,10 @@ def test_a_failure_is_raised_by_default_with_its_type_and_the_object(bucket):
 
 
 @pytest.mark.filterwarnings("ignore:a sample was left out")
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "threads"), [(0, 0), (2, 0), (0, 3)])
 @pytest.mark.parametrize("on_error", ["replace", "skip"])
-def test_bad_samples_do_not_end_an_epoch_and_are_counted_and_named(bucket, on_error, workers):
-    with broken(bucket, on_error=on_error) as dataset:
+def test_bad_samples_do_not_end_an_epoch_and_are_counted_and_named(bucket, on_error, workers, threads):
+    with broken(bucket, on_error=on_error, decode_threads=threads) as dataset:
         epochs = [torch.cat(list(DataLoader(dataset, 10, num_workers=workers))) for _ in range(2)]
         stats, failures = dataset.stats(), dataset.failures()
     bad = {*GONE, 25}

@@ -280,6 +280,45 @@ with CachedS3MapDataset.from_prefix("s3://mnist/train/") as dataset:
 """
 
 
+# threads for transforms
+
+
+class Together:
+    """Decodes only once as many threads as there are do so at the same time."""
+
+    def __init__(self, threads):
+        self.threads = threads
+        self.barrier = None
+
+    def __call__(self, file):
+        if self.barrier is None:
+            with _making:
+                self.barrier = self.barrier or threading.Barrier(self.threads)
+        self.barrier.wait(20)
+        return file.key, threading.current_thread().name
+
+
+_making = threading.Lock()
+
+
+@pytest.mark.parametrize(("workers", "method"), [(0, None), (2, "fork"), (2, "spawn")])
+def test_decode_threads_work_side_by_side_and_samples_keep_their_order(bucket, workers, method):
+    with CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=Together(3), decode_threads=3) as dataset:
+        loading = DataLoader(dataset, 60, num_workers=workers, multiprocessing_context=method, collate_fn=list)
+        for epoch in range(2):
+            samples = [sample for batch in loading for sample in batch]
+            assert [key for key, _ in samples] == sorted(KEYS), epoch
+            assert len({name for _, name in samples}) == 3
+            assert all(name.startswith("asyncds-decoder") for _, name in samples)
+        assert dataset.stats()["samples"] == 2 * len(KEYS)
+
+
+def test_threads_that_decoded_before_a_fork_decode_in_the_child(bucket, child):
+    with CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=Together(2), decode_threads=2) as dataset:
+        assert len(dataset.__getitems__([*range(10)])) == 10
+        child("fork", dataset.__getitems__, [*range(10)])
+
+
 def test_global_generators_are_left_alone(bucket):
     done = run_script(GENERATORS)
     assert (done.stdout, done.stderr) == (b"True\n", b"")

@@ -5,11 +5,12 @@ import ssl
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NoReturn
 
 import aiohttp
 from botocore.httpsession import get_cert_path
+from botocore.loaders import create_loader
 from botocore.utils import get_environ_proxies
 
 from asyncds.errors import (
@@ -343,6 +344,7 @@ class S3Store:
         from aiobotocore.session import AioSession
 
         session = AioSession()
+        session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
         if self.connection.profile is not None:
             session.set_config_variable("profile", self.connection.profile)
         return session
@@ -383,6 +385,13 @@ def _whole_size(content_range: str, part: slice, info: ObjectInfo) -> int:
     if span != f"{part.start}-{part.stop - 1}" or not size.isdigit():
         raise TransferFailed(f"{info.uri}: another part arrived than was asked for ({content_range[:80]})")
     return int(size)
+
+
+@cache
+def _loader(data_path: str | None) -> Any:
+    """What reads botocore's descriptions of services, which takes a tenth of a second: once for a process and those
+    that are forked from it."""
+    return create_loader(data_path)
 
 
 def _rebuild(
