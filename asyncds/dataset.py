@@ -98,10 +98,11 @@ class CachedS3MapDataset(ReadsAhead):
     ) -> Self:
         """Make a dataset of all objects under `s3://bucket/prefix`, in UTF-8 order of their keys.
 
-        The prefix is listed once per run, when the dataset is first measured or read; end it with a slash, or `train`
-        also takes what is under `train-old`. `match` keeps the keys that fit
-        a glob (in which `*` also spans `/`) or a predicate, `limit` the first so many of them. `label` is `"parent"`,
-        the name of the folder that holds the object, or a callable of the key that returns a str, int or float.
+        The prefix is listed once per run, when the dataset is first measured or read, and once for all ranks of a job,
+        which make their datasets in the same order; end it with a slash, or `train` also takes what is under
+        `train-old`. `match` keeps the keys that fit a glob (in which `*` also spans `/`) or a predicate, `limit` the
+        first so many of them. `label` is `"parent"`, the name of the folder that holds the object, or a callable of the
+        key that returns a str, int or float.
         """
         bucket, prefix = parse_uri(s3_uri)
         if limit is not None and (not isinstance(limit, int) or limit < 1):
@@ -405,7 +406,7 @@ class CachedS3MapDataset(ReadsAhead):
         """A hash of the objects, their versions, labels and order."""
         state = blake2b(digest_size=16)
         for part in self._parts:
-            state.update(part.source.manifest.digest.encode())
+            state.update(part.source.manifest.digest_of_rows.encode())
         if self._rows is not None:
             state.update(self._rows.tobytes())
         return state.hexdigest()

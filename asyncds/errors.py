@@ -5,6 +5,7 @@
     │   └── EmptyDataset                           the prefix or the filter leaves no object
     ├── CacheError (OSError)                       choose a cache directory that can be used
     ├── DatasetClosed (RuntimeError)               do not use a dataset after close()
+    ├── RankLost (RuntimeError)                    look at what the rank that has ended says
     └── StoreError (OSError)                       what the store, or the way to it, answered
         ├── AccessDenied (PermissionError)         check the credentials and the bucket's policy
         ├── BucketNotFound (FileNotFoundError)     check the bucket's name and the endpoint
@@ -30,6 +31,7 @@ __all__ = [
     "EndpointUnreachable",
     "ObjectChanged",
     "ObjectNotFound",
+    "RankLost",
     "StoreError",
     "TransferFailed",
 ]
@@ -68,6 +70,10 @@ class CacheError(AsyncdsError, OSError):
 
 class DatasetClosed(AsyncdsError, RuntimeError):
     """The dataset, or what it shares with others, was closed."""
+
+
+class RankLost(AsyncdsError, RuntimeError):
+    """Another rank of the job, which lists for all, has ended, or the store by which ranks find each other has."""
 
 
 class StoreError(AsyncdsError, OSError):

@@ -1,18 +1,20 @@
 """One listing per run: how pages become a table, who lists, and how workers come by the table without listing."""
 
 import contextlib
-import fcntl
 import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from asyncds.errors import CacheError, ConfigurationError, EmptyDataset, TransferFailed
+from asyncds.locks import waiting
 from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, encode, predicate
+from asyncds.ranks import Meeting, Way
 
 __all__ = ["Labeller", "Table", "list_prefix"]
 
@@ -25,7 +27,8 @@ class Table:
 
     The first who needs it makes it, while holding a lock that the kernel releases when that process dies, and leaves it
     in a file of this run; whoever was forked, or unpickled, before or after, maps that file. A complete listing is
-    also saved under its prefix, and serves later runs while it is younger than `max_age` seconds.
+    also saved under its prefix, and serves later runs while it is younger than `max_age` seconds. Of the ranks of a job
+    one lists (see `ranks`), and each has a file of its own.
     """
 
     def __init__(
@@ -52,11 +55,14 @@ class Table:
         # Runs list one after the other only where the later ones can use what the first has listed.
         self.lock = (self._saved if max_age > 0 else self.path).with_suffix(".lock")
         self.owner = os.getpid()
+        name_of_match = getattr(match, "__qualname__", type(match).__name__) if callable(match) else match
+        self._meeting = Meeting(folder, name, limit, name_of_match) if manifest is None else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle as the place of this run's file: listing happens here, before workers start."""
         self.publish()
-        return self.__dict__ | {"_manifest": None, "_make": None, "_match": None, "_label": None, "owner": 0}
+        gone = dict.fromkeys(("_manifest", "_make", "_match", "_label", "_meeting"))
+        return self.__dict__ | gone | {"owner": 0}
 
     def publish(self) -> None:
         """Make sure that other processes of the run find the table."""
@@ -90,7 +96,7 @@ class Table:
         return Manifest.open(self.path, verify=False)
 
     def _made(self) -> Manifest:
-        with _locked(self.lock):
+        with waiting(self.lock):
             manifest = self._shared()
             if manifest is None:
                 manifest = self._chosen()
@@ -100,21 +106,36 @@ class Table:
         return manifest
 
     def _chosen(self) -> Manifest:
-        """List, or take the saved listing; then filter, cut and label."""
+        """List, take the saved listing, or come by that of another rank; then filter, cut and label."""
+        way = self._way()
+        if way is None:
+            manifest = self._listed(self._limit, self._match)
+        elif callable(self._match):  # which may differ from another's of the same name: all that is shared is the keys
+            manifest = way(partial(self._listed, None, None)).select(self._match)
+        else:
+            manifest = way(partial(self._listed, self._limit, self._match))
+        if not len(manifest):
+            raise EmptyDataset(_nothing(manifest))
+        return manifest if self._label is None else manifest.with_labels(labels_of(manifest, self._label))
+
+    def _way(self) -> Way | None:
+        """How to share with other ranks; None for a worker, and where that would mean to list more than is needed."""
+        if self._meeting is None or os.getpid() != self.owner or (callable(self._match) and self._limit is not None):
+            return None
+        return self._meeting.way()
+
+    def _listed(self, limit: int | None, match: KeyFilter | None) -> Manifest:
+        """What the store has now, or had when a listing that is young enough was saved."""
         if self._make is None:
             raise ConfigurationError(f"{self._name}: the process that pickled this dataset is gone: make a new one")
         manifest = self._recent()
         if manifest is not None:
-            manifest = manifest.select(self._match, self._limit)
-        elif self._limit is not None or self._match is not None:
-            manifest = self._make(self._limit, self._match)
-        else:
-            manifest = self._make(None, None)
+            return manifest.select(match, limit)
+        manifest = self._make(limit, match)
+        if limit is None and match is None:
             with contextlib.suppress(OSError):
                 manifest.save(self._saved)
-        if not len(manifest):
-            raise EmptyDataset(_nothing(manifest))
-        return manifest if self._label is None else manifest.with_labels(labels_of(manifest, self._label))
+        return manifest
 
     @property
     def _saved(self) -> Path:
@@ -161,25 +182,10 @@ def _nothing(manifest: Manifest) -> str:
     return f"{where}: there is nothing{markers} under this prefix; check bucket, prefix and endpoint"
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a POSIX lock, which ends with its process and which a forked child does not inherit; or none, where the
-    folder is gone: then each lists for itself."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError:
-        yield
-        return
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _prune(folder: Path) -> None:
     """Delete what runs left that were killed, a week later."""
-    for path in [*folder.glob("manifests/run-*"), *folder.glob("manifests/.*"), *folder.glob("stats/*")]:
+    patterns = ("manifests/run-*", "manifests/job-*", "manifests/.*", "stats/*")
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _KEPT_S:
                 path.unlink()

@@ -18,7 +18,8 @@ from torch.utils.data import (
 )
 
 from asyncds.errors import ConfigurationError
-from asyncds.lookahead import DEPTH, LookaheadBatchSampler, ReadsAhead, world_size
+from asyncds.lookahead import DEPTH, LookaheadBatchSampler, ReadsAhead
+from asyncds.ranks import world_size
 
 __all__ = ["loader"]
 

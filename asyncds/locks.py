@@ -2,7 +2,8 @@
 
 POSIX record locks at offsets of a file: one per name, without a file per name. They belong to the process: they do not
 tell its threads apart (`Locks` does), a forked child does not inherit them, and closing *any* descriptor of the file
-drops all of them. So this module alone opens the file, once per process.
+drops all of them. So this module alone opens the file, once per process. What can wait is `waiting`, with a file per
+lock.
 """
 
 import contextlib
@@ -11,10 +12,11 @@ import fcntl
 import os
 import threading
 import weakref
+from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-__all__ = ["Locks"]
+__all__ = ["Locks", "waiting"]
 
 _BUSY = {errno.EACCES, errno.EAGAIN}
 
@@ -103,6 +105,22 @@ class Locks:
             return True
         except (OSError, ValueError) as error:
             return getattr(error, "errno", None) not in _BUSY
+
+
+@contextlib.contextmanager
+def waiting(path: Path) -> Iterator[None]:
+    """Hold the lock of this file, which ends with its process and which a forked child does not inherit; or none, where
+    the folder is gone: then each does for itself what one could have done for all."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _offset(name: bytes) -> int:

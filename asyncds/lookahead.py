@@ -10,7 +10,7 @@ import itertools
 import os
 import weakref
 from array import array
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
@@ -18,13 +18,15 @@ import torch
 from torch.utils.data import BatchSampler, Dataset, get_worker_info
 
 from asyncds.errors import ConfigurationError
+from asyncds.ranks import first_word, world_size
 
-__all__ = ["DEPTH", "Batch", "Horizon", "LookaheadBatchSampler", "ReadsAhead", "world_size"]
+__all__ = ["DEPTH", "Batch", "Horizon", "LookaheadBatchSampler", "ReadsAhead"]
 
 DEPTH = 16
 _KNOWN = 8  # iterations that a process remembers at a time
 _VERSION = 1
 _WRAPPED = 4  # samplers within samplers, at most
+_samplers: defaultdict[int | None, "itertools.count[int]"] = defaultdict(itertools.count)
 
 
 class Iteration:
@@ -140,6 +142,9 @@ class LookaheadBatchSampler(BatchSampler):
     position, and the state of the random generators when the epoch began, from which the order is drawn again: exact
     for torch's samplers, and for others that draw from torch's global generator when they begin, or from a `generator`
     of their own. It does not depend on the number of workers.
+
+    Where a `DistributedSampler` shares a dataset out among all ranks of a job, an epoch begins with a look at whether
+    they have the same one, and raises `ConfigurationError` otherwise.
     """
 
     def __init__(
@@ -161,6 +166,12 @@ class LookaheadBatchSampler(BatchSampler):
         self.depth = depth
         self._resumed: dict[str, Any] | None = None
         self._position = _Position(None)
+        self._count()
+
+    def _count(self) -> None:
+        """The n-th sampler of so many ranks, in each of them, is the same sampler."""
+        self._number = next(_samplers[self._replicas()])
+        self._compared: list[str] = []
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {type(self._batches).__name__}, depth={self.depth}>"
@@ -178,6 +189,7 @@ class LookaheadBatchSampler(BatchSampler):
     @sampler.setter
     def sampler(self, sampler: Any) -> None:
         self._batches.sampler = sampler
+        self._count()
 
     @property
     def batch_size(self) -> Any:  # type: ignore[override]
@@ -210,6 +222,7 @@ class LookaheadBatchSampler(BatchSampler):
         self._resumed = None
         source, shared = Iteration(), self._shared()
         batches, done = self._begun(position), position.yielded
+        self._compare(position)
         coming: deque[tuple[Any, array[int]]] = deque()
         for number in itertools.count(done):
             for batch in itertools.islice(batches, self.depth + 1 - len(coming)):
@@ -238,6 +251,23 @@ class LookaheadBatchSampler(BatchSampler):
             # Samplers draw when their first batch is asked for.
             rest = list(itertools.islice(batches, position.yielded + 1))[position.yielded :]
         return itertools.chain(rest, batches)
+
+    def _compare(self, position: _Position) -> None:
+        """Raise `ConfigurationError` if ranks that share out one dataset have different ones.
+
+        Nobody waits for another here: the first to come says what it has, and those who come later find it.
+        """
+        assert position.start is not None
+        ranks, digest = position.start["replicas"], position.start["dataset"]
+        if digest is None or ranks is None or ranks != world_size() or digest in self._compared:
+            return
+        said = first_word(f"sampler {self._number} {len(self._compared)}", digest)
+        if said != digest:
+            raise ConfigurationError(
+                f"this rank's dataset is not that of the others (digest {digest[:8]}, and {said[:8]} elsewhere): give "
+                "all ranks the same prefix, match, limit and labels, or one saved manifest"
+            )
+        self._compared.append(digest)
 
     # state
 
@@ -317,12 +347,6 @@ def _digest(sampler: Any) -> str | None:
     """What the dataset that a sampler draws from says of itself."""
     dataset = getattr(sampler, "data_source", getattr(sampler, "dataset", None))
     return getattr(dataset, "digest", None)
-
-
-def world_size() -> int:
-    """Ranks of this job, as far as torch knows of them."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _checked(batch: Any) -> Any:

@@ -234,7 +234,15 @@ class Manifest(Sequence[ObjectInfo]):
     @property
     def digest(self) -> str:
         """A hash of every row: equal digests mean the same objects in the same order with the same labels."""
-        state = xxhash.xxh3_128(json.dumps(self._header, sort_keys=True).encode())
+        return self._hashed(self._header)
+
+    @property
+    def digest_of_rows(self) -> str:
+        """As `digest`, but the same wherever the rows come from: another path of a CSV file, another listing."""
+        return self._hashed({name: self._header.get(name) for name in ("buckets", "classes")})
+
+    def _hashed(self, header: dict[str, Any]) -> str:
+        state = xxhash.xxh3_128(json.dumps(header, sort_keys=True).encode())
         for name in sorted(self._columns):
             state.update(f"{name}{self._columns[name].dtype.str}{len(self._columns[name])}".encode())
             state.update(np.ascontiguousarray(self._columns[name]).data)
@@ -294,14 +302,9 @@ class Manifest(Sequence[ObjectInfo]):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the table to a file, which appears whole or not at all, and return its path."""
         place = Path(path)
-        header, chunks = self._encoded()
         with tempfile.NamedTemporaryFile(dir=place.parent, prefix=".manifest-", delete=False) as file:
             try:
-                file.write(_MAGIC + struct.pack("<I", len(header)) + header)
-                for offset, column in chunks:
-                    file.seek(offset)
-                    file.write(column.data)
-                file.truncate(chunks[-1][0] + chunks[-1][1].nbytes)
+                file.writelines(self._pieces())
                 file.flush()
                 os.replace(file.name, place)
             except BaseException:
@@ -309,17 +312,22 @@ class Manifest(Sequence[ObjectInfo]):
                 raise
         return place
 
-    def _encoded(self) -> tuple[bytes, list[tuple[int, NDArray[Any]]]]:
-        """The header's bytes, and each column with its offset in the file."""
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
+        return b"".join(self._pieces())
+
+    def _pieces(self) -> Iterator[bytes | memoryview]:
+        """What is in the file, in its order."""
         layout = {name: {"type": column.dtype.str, "length": len(column)} for name, column in self._columns.items()}
         body = {"version": _VERSION, "digest": self.digest, "origin": self._header, "columns": layout}
         header = json.dumps(body).encode()
-        offset, chunks = len(_MAGIC) + 4 + len(header), []
+        yield _MAGIC + struct.pack("<I", len(header)) + header
+        offset = len(_MAGIC) + 4 + len(header)
         for column in self._columns.values():
-            offset += -offset % _ALIGNMENT
-            chunks.append((offset, np.ascontiguousarray(column)))
-            offset += column.nbytes
-        return header, chunks
+            padding = -offset % _ALIGNMENT
+            yield bytes(padding)
+            yield np.ascontiguousarray(column).data
+            offset += padding + column.nbytes
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Self:
@@ -328,47 +336,46 @@ class Manifest(Sequence[ObjectInfo]):
         Raises `ConfigurationError` if it is no manifest, of another version, cut short or damaged.
         """
         try:
-            with open(path, "rb") as file:
-                start = file.read(len(_MAGIC) + 4)
-                length = struct.unpack("<I", start[len(_MAGIC) :])[0] if start.startswith(_MAGIC) else 0
-                raw = file.read(length)
-                size = os.fstat(file.fileno()).st_size
-            body = json.loads(raw)
-            if body["version"] != _VERSION:
-                raise ConfigurationError(
-                    f"{path}: a manifest of format {body['version']}; this asyncds reads {_VERSION}"
-                )
-            columns = cls._mapped(path, body["columns"], len(start) + length, size)
-            manifest = cls(body["origin"], columns)
-            if verify and manifest.digest != body["digest"]:
-                raise ValueError("the digest differs")
-        except ConfigurationError:
-            raise
+            return cls._read(np.memmap(path, np.uint8, "r").view(np.ndarray), verify)
         except FileNotFoundError:
             raise ConfigurationError(f"{path}: there is no such manifest") from None
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{path}: {error}") from None
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
             raise ConfigurationError(
                 f"{path}: no manifest, or a damaged one ({error}): list the prefix again"
             ) from None
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """The table that `to_bytes` wrote, compared with its digest, without a copy."""
+        return cls._read(np.frombuffer(data, np.uint8), verify=True)
+
+    @classmethod
+    def _read(cls, data: NDArray[np.uint8], verify: bool) -> Self:
+        start = data[: len(_MAGIC) + 4].tobytes()
+        length = struct.unpack("<I", start[len(_MAGIC) :])[0] if start.startswith(_MAGIC) else 0
+        body = json.loads(data[len(start) : len(start) + length].tobytes())
+        if body["version"] != _VERSION:
+            raise ConfigurationError(f"a manifest of format {body['version']}; this asyncds reads {_VERSION}")
+        manifest = cls(body["origin"], _columns(data, body["columns"], len(start) + length))
+        if verify and manifest.digest != body["digest"]:
+            raise ValueError("the digest differs")
         return manifest
 
-    @staticmethod
-    def _mapped(path: Any, layout: dict[str, Any], offset: int, size: int) -> dict[str, NDArray[Any]]:
-        columns: dict[str, NDArray[Any]] = {}
-        for name, column in layout.items():
-            if column["type"] not in _TYPES or column["length"] < 0:
-                raise ValueError(f"column {name!r} is of an unknown type")
-            kind, length = np.dtype(column["type"]), int(column["length"])
-            offset += -offset % _ALIGNMENT
-            if offset + length * kind.itemsize > size:
-                raise ValueError("it is cut short")
-            columns[name] = (
-                np.memmap(path, kind, "r", offset, (length,))
-                if length
-                else np.empty(0, kind)  # an empty map is refused
-            )
-            offset += length * kind.itemsize
-        return columns
+
+def _columns(data: NDArray[np.uint8], layout: dict[str, Any], offset: int) -> dict[str, NDArray[Any]]:
+    columns: dict[str, NDArray[Any]] = {}
+    for name, column in layout.items():
+        if column["type"] not in _TYPES or column["length"] < 0:
+            raise ValueError(f"column {name!r} is of an unknown type")
+        kind, length = np.dtype(column["type"]), int(column["length"])
+        offset += -offset % _ALIGNMENT
+        if offset + length * kind.itemsize > len(data):
+            raise ValueError("it is cut short")
+        columns[name] = data[offset : offset + length * kind.itemsize].view(kind)
+        offset += length * kind.itemsize
+    return columns
 
 
 def predicate(match: KeyFilter | None) -> Callable[[str], bool]:

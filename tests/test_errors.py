@@ -18,6 +18,7 @@ BUILT_IN = {
     "EmptyDataset": ValueError,
     "EndpointUnreachable": ConnectionError,
     "ObjectNotFound": FileNotFoundError,
+    "RankLost": RuntimeError,
     "StoreError": OSError,
 }
 

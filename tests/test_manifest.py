@@ -75,6 +75,16 @@ def test_rows_come_back_as_they_went_in(tmp_path, infos):
     assert opened.digest == manifest.digest
 
 
+def test_table_as_bytes_is_what_its_file_holds(tmp_path):
+    manifest = table([*objects("a", "bb"), ObjectInfo("c", "d", None, "odd-1")]).with_labels(["x", "y", "x"])
+    data = manifest.to_bytes()
+    assert data == manifest.save(tmp_path / "m").read_bytes()
+    twin = Manifest.from_bytes(data)
+    assert (list(twin), twin.digest, twin.classes) == (list(manifest), manifest.digest, ["x", "y"])
+    with pytest.raises(ValueError, match="digest differs"):
+        Manifest.from_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
 @QUICK
 @given(st.data(), st.sampled_from(sorted(LABELS)))
 def test_labels_come_back_as_they_went_in(tmp_path, data, kind):
@@ -118,6 +128,21 @@ def test_digest_is_of_rows_order_and_labels():
     others = [table(objects("b", "a")), table(objects("a")), one.with_labels([0, 1]), one.with_labels(["0", "1"])]
     others += [table(objects("a", "b", bucket="c")), one.with_labels([0.0, 1.0])]
     assert len({manifest.digest for manifest in [one, *others]}) == 1 + len(others)
+
+
+def test_digest_of_rows_is_the_same_wherever_they_come_from():
+    one, options = (
+        table(objects("a", "b")),
+        {"endpoint": "http://other", "source": "a.csv", "left_out": {"filtered": 1}},
+    )
+    builder = ManifestBuilder()
+    for info in one:
+        builder.add(info)
+    twin = builder.build(**options)
+    assert twin.digest != one.digest
+    assert twin.digest_of_rows == one.digest_of_rows
+    others = [one.with_labels(["x", "y"]), one.with_labels(["x", "z"]), table(objects("a", "b", bucket="c"))]
+    assert len({manifest.digest_of_rows for manifest in [one, *others]}) == 4
 
 
 def test_every_truncation_is_refused(tmp_path):

@@ -167,7 +167,7 @@ def test_no_module_imports_itself_by_way_of_others(module):
     assert module not in reached_from(module)
 
 
-@pytest.mark.parametrize("module", ["cache", "fetcher", "source", "listing", "store", "settings", "testing"])
+@pytest.mark.parametrize("module", ["cache", "fetcher", "source", "listing", "ranks", "store", "settings", "testing"])
 def test_what_needs_no_torch_does_not_import_it(module):
     for path in files(module):
         assert not re.search(r"^ *(import|from) torch", path.read_text(), re.MULTILINE), path
