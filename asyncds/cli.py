@@ -60,7 +60,8 @@ def warm(uri: str, match: str | None, limit: int | None, quiet: bool, **options:
     What is cached already is left alone, so an interrupted warm-up goes on where it was. Exits with 0 when everything
     is cached, 1 when something could not be had or kept, 2 for a wrong call, 130 when interrupted.
     """
-    from asyncds.source import Source, StoreRecipe
+    from asyncds.recipe import StoreRecipe
+    from asyncds.source import Source
 
     recipe = StoreRecipe.of(**{name: value for name, value in options.items() if value is not None})
     source = Source(recipe, uri, match=match, limit=limit)

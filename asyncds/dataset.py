@@ -22,8 +22,9 @@ from asyncds.loading import loader
 from asyncds.lookahead import Batch, Horizon, ReadsAhead
 from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, parse_uri
 from asyncds.reader import S3Reader
+from asyncds.recipe import StoreRecipe
 from asyncds.settings import Options, or_close_to
-from asyncds.source import Source, StoreRecipe
+from asyncds.source import Source
 from asyncds.stats import percentiles
 from asyncds.store import ObjectStore
 from asyncds.warm import WarmReport

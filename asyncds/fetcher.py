@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Self
+from typing import Any, Self
 
 from asyncds.cache import Cache, LargeEntry
 from asyncds.download import Downloader, Memory, SizeTold, Slots
@@ -18,6 +18,7 @@ from asyncds.large import LARGE, StoredBody
 from asyncds.lookup import Fetched, lookup
 from asyncds.manifest import ObjectInfo
 from asyncds.prefetch import Prefetch
+from asyncds.recipe import StoreRecipe
 from asyncds.retry import Retry
 from asyncds.stats import Counters
 from asyncds.store.base import First, NoParts, ObjectStore
@@ -140,9 +141,12 @@ class Fetcher:
     A waiter that is cancelled or times out does not disturb the download, nor others who wait for it. A failure is
     told to all who wait, once, and not remembered.
 
-        async with Fetcher(store, cache, concurrency=64, retry=Retry(...)) as fetcher:
-            async for info, body in fetcher.fetch(infos):
+        async with Fetcher.open(endpoint="http://localhost:9000") as fetcher:
+            async for info, body in fetcher.fetch([ObjectInfo("mnist", "train/0/00001.png"), ...]):
                 ...
+
+    What an `ObjectInfo` says of size and ETag is insisted on; the rows of a `Manifest` say both. A body of more than
+    16 MiB that is cached is a `StoredBody`, whose `open()` returns a file.
     """
 
     def __init__(
@@ -182,7 +186,27 @@ class Fetcher:
         self._boarding: list[Flight] = []
         self._late: list[Flight] = []
         self._closed = False
+        self._at_end = contextlib.ExitStack()
         self._done = self._failed = 0
+
+    @classmethod
+    def open(cls, **options: Any) -> Self:
+        """Make a fetcher with a store and a cache of its own, which it closes.
+
+        Takes by keyword what constructors of datasets take to say where objects are and how they are brought: `region`,
+        `endpoint`, `profile`, `unsigned`, `session_factory`, `s3client_config`, `store`, and every setting of
+        `asyncds.Settings`. To be called on the loop that it is used on. Raises `ConfigurationError` or `CacheError`.
+        """
+        recipe = StoreRecipe.of(**options)
+        settings, tag = recipe.settings, f"objects at {recipe.identity}"
+        retry = Retry(settings.retries, settings.deadline, settings.first_contact)
+        cache = Cache(settings.cache_dir, limit=settings.cache_size, read_only=settings.cache_read_only)
+        cache.hold(tag)
+        store = recipe.make(settings.concurrency, retry)
+        fetcher = cls(store, cache, concurrency=settings.concurrency, retry=retry, tag=tag)
+        fetcher._at_end.callback(cache.close)
+        fetcher._at_end.callback(cache.release, tag)
+        return fetcher
 
     def __repr__(self) -> str:
         return f"<Fetcher {len(self._flights)} in flight, {self._done} done, {self._failed} failed>"
@@ -331,6 +355,7 @@ class Fetcher:
         close = getattr(self._store, "aclose", None)
         if close is not None:
             await close()
+        self._at_end.close()
 
     def _lookup(self, infos: Sequence[ObjectInfo]) -> tuple[list[ObjectInfo], list[Fetched | None]]:
         if self._cache is None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import math
 import operator
 import os
 import shutil
@@ -10,8 +9,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from multiprocessing import util
 from pathlib import Path
@@ -29,101 +27,18 @@ from asyncds.lookup import Fetched, identify, lookup, resident
 from asyncds.manifest import KeyFilter, Manifest, ObjectInfo, parse_uri
 from asyncds.portal import Portal
 from asyncds.progress import progress_bar
+from asyncds.recipe import StoreRecipe
 from asyncds.retry import Retry
-from asyncds.settings import Settings
 from asyncds.stats import Counters
-from asyncds.store import Connection, ObjectStore, S3Store
 from asyncds.warm import Missing, WarmReport, warm
 
-__all__ = ["Arrivals", "Source", "StoreRecipe"]
+__all__ = ["Arrivals", "Source"]
 
 # Exit handlers of multiprocessing run in workers, too, where those of atexit do not; the greater number goes first.
 _FIRST_TO_CLOSE, _LAST_TO_CLOSE = 100, 90
 _SECONDS_BETWEEN_CHECKS = 5.0
 _LOOKUP = 1000
 _MOST_EARLY, _EARLY_BYTES, _SMALL = 100_000, 16 << 20, 256 << 10
-# The defaults of s3torchconnector's S3ClientConfig: a value that equals them was not chosen.
-_CRT_GBPS, _CRT_ATTEMPTS = 10.0, 10
-
-
-@dataclass(frozen=True)
-class StoreRecipe:
-    """How to make the store, in any process, with the credentials that are found there: none are pickled."""
-
-    settings: Settings
-    endpoint: str | None = None
-    region: str | None = None
-    unsigned: bool = False
-    path_style: bool | None = None
-    profile: str | None = None
-    session_factory: Callable[[], Any] | None = None
-    store: ObjectStore | None = None
-
-    @classmethod
-    def of(
-        cls,
-        *,
-        region: str | None = None,
-        endpoint: str | None = None,
-        profile: str | None = None,
-        unsigned: bool = False,
-        s3client_config: Any = None,
-        session_factory: Callable[[], Any] | None = None,
-        store: ObjectStore | None = None,
-        **settings: Any,
-    ) -> "StoreRecipe":
-        """Sort the keyword arguments of a constructor into settings and what the store is made from.
-
-        `s3client_config` is anything with the attributes of `s3torchconnector.S3ClientConfig`. What it says about
-        concurrency and attempts counts where it is not its default, and where neither argument nor environment does.
-        """
-        values = Settings(**settings)
-        gbps = getattr(s3client_config, "throughput_target_gbps", None) or _CRT_GBPS
-        if gbps != _CRT_GBPS:
-            values = values.with_defaults(concurrency=min(4096, math.ceil(values.concurrency * gbps / _CRT_GBPS)))
-        attempts = getattr(s3client_config, "max_attempts", None) or _CRT_ATTEMPTS
-        if attempts != _CRT_ATTEMPTS:
-            values = values.with_defaults(retries=attempts - 1)
-        return cls(
-            values,
-            endpoint=endpoint,
-            region=region,
-            profile=profile or getattr(s3client_config, "profile", None),
-            unsigned=unsigned or bool(getattr(s3client_config, "unsigned", False)),
-            path_style=True if getattr(s3client_config, "force_path_style", False) else None,
-            session_factory=session_factory,
-            store=store,
-        )
-
-    def connection(self) -> Connection:
-        return Connection.resolve(
-            self.settings,
-            endpoint=self.endpoint,
-            region=self.region,
-            unsigned=self.unsigned,
-            path_style=self.path_style,
-            profile=self.profile,
-            session=self.session_factory() if self.session_factory is not None else None,
-        )
-
-    def make(self, concurrency: int, retry: Retry) -> ObjectStore:
-        if self.store is not None:
-            return self.store
-        return S3Store(
-            self.connection(),
-            concurrency=concurrency,
-            timeout=self.settings.timeout,
-            retry=retry,
-            session_factory=self.session_factory,
-        )
-
-    @property
-    def url(self) -> str | None:
-        return None if self.store is not None else self.connection().endpoint
-
-    @property
-    def identity(self) -> str:
-        return self.store.endpoint if self.store is not None else self.connection().identity
 
 
 class Arrivals:

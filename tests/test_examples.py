@@ -11,13 +11,16 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 from asyncds.demo import bucket
+from asyncds.stats import COUNTERS
 from asyncds.testing import LocalS3, local_s3
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TRAIN, PER_SAMPLE = EXAMPLES / "train_minio.py", EXAMPLES / "per_sample_dataset.py"
+LOG = EXAMPLES / "log_statistics.py"
 NOBODY = "127.0.0.1:1"
 
 pytestmark = pytest.mark.timeout(180)
@@ -110,18 +113,48 @@ def test_a_wrong_value_is_answered_in_one_sentence(
     assert capsys.readouterr() == ("", "")
 
 
+def test_statistics_are_logged_for_each_epoch(dotenv, tmp_path):
+    done = run(LOG, dotenv, tmp_path, "--folder", str(tmp_path / "runs"))
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["epoch 1", "epoch 2"]
+    assert "1,437 samples" in lines[1]
+    events = EventAccumulator(str(tmp_path / "runs")).Reload()
+    logged = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert logged["asyncds/gets"] == [1437, 1437]
+    assert logged["asyncds/hits"][1] - logged["asyncds/hits"][0] == 1437
+    assert 0 < logged["asyncds/prefetch_hits"][0] <= 1437
+    assert logged.keys() >= {f"asyncds/{name}" for name in (*COUNTERS, "latency_p99_s")}
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than some machines have cores
 def test_code_of_the_readme_feeds_a_loader(monkeypatch, s3, png):
     s3.create_bucket("imagenet")
     for name, ending in (("mnist", "png"), ("imagenet", "JPEG")):
         s3.put_many(name, {f"train/{number % 2}/{number:02}.{ending}": png(number) for number in range(20)})
     blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, Any] = {}
-    for block in blocks:
+    for block in blocks[:2]:
         exec(block, names)
     images, labels = next(iter(names["loader"]))
     assert (images.shape, sorted(set(labels.tolist()))) == ((20, 3, 28, 28), [0, 1])
     for dataset, size in ((names["train"], 18), (names["held_out"], 2)):
         images, _ = next(iter(DataLoader(dataset, 20)))
         assert images.shape == (size, 3, 224, 224)
+
+
+def test_asynchronous_code_of_the_readme_gets_all_bytes(s3, capsys):
+    s3.create_bucket("mnist")
+    objects = {f"train/{number:02}.bin": bytes(number) for number in range(30)}
+    s3.put_many("mnist", objects)
+    block = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)[2]
+    gets = []
+    for _ in range(2):
+        exec(block, {})
+        gets.append(s3.stats.requests["GET"])
+        lines = capsys.readouterr().out.splitlines()
+        assert sorted(lines[:-1]) == sorted(f"{key} {len(body)}" for key, body in objects.items())
+        assert lines[-1] == "7 bytes"
+    # The object that is asked for by its name alone is of a version that nobody has told: one more GET, once.
+    assert gets == [31, 31], "the second time is not served from the cache"

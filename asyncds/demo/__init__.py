@@ -38,7 +38,7 @@ _PER_SAMPLE_CPU_S = 0.002
 @dataclass(frozen=True)
 class DemoEpoch:
     """One epoch. `seconds` and `waiting_s` (for bytes and decoding) are those of the training pass. `gets` and
-    `test_gets` were counted in front of the server, `hits` and `test_hits` by the datasets."""
+    `test_gets` were counted in front of the server, `hits` and `test_hits` by the datasets: what lay in the cache."""
 
     number: int
     loss: float
@@ -155,6 +155,8 @@ class _Loading:
 
     def loader(self, dataset: Dataset[Any], *, shuffle: bool) -> DataLoader[Any]:
         order = torch.Generator().manual_seed(_SEED)
+        if isinstance(dataset, CachedS3MapDataset):
+            return dataset.loader(self.batch_size, shuffle, num_workers=self.workers, generator=order)
         return DataLoader(dataset, self.batch_size, shuffle, num_workers=self.workers, generator=order)
 
     @property
@@ -239,20 +241,36 @@ def _epochs(train: CachedS3MapDataset, test: CachedS3MapDataset, loading: _Loadi
     training, testing = loading.loader(train, shuffle=True), loading.loader(test, shuffle=False)
 
     def counts() -> tuple[int, int, int]:
-        return loading.gets, int(train.stats()["hits"]), int(test.stats()["hits"])
+        return loading.gets, _resident(train.stats()), _resident(test.stats())
 
     print("                  test   seconds of training  GETs at server   from the cache")
     print("epoch   loss  accuracy    all  awaiting data    train   test     train   test", flush=True)
     for number in range(1, epochs + 1):
-        start = counts()
+        start, before = counts(), train.stats()
         loss, seconds, waiting_s = learner.train(training, f"training, epoch {number}", samples[0])
-        middle = counts()
+        middle, after = counts(), train.stats()
         accuracy = learner.accuracy(testing, samples[1])
         end = counts()
         requests = middle[0] - start[0], end[0] - middle[0]
         epoch = DemoEpoch(number, loss, accuracy, seconds, waiting_s, *requests, end[1] - start[1], end[2] - start[2])
-        print(_line(epoch), flush=True)
+        print(_line(epoch), _statistics(before, after), sep="\n", flush=True)
         yield epoch
+
+
+def _resident(stats: dict[str, float]) -> int:
+    """Samples that lay in the cache before the epoch began."""
+    return int(stats["hits"] - stats["prefetch_hits"])
+
+
+def _statistics(before: dict[str, float], after: dict[str, float]) -> str:
+    """What the dataset itself says of a training pass."""
+    during = {name: after[name] - before[name] for name in after}
+    parts = list[str]()
+    if during["gets"]:
+        parts.append(f"{during['prefetch_hits']:,.0f} in advance")
+        parts.append(f"GETs p50 {1e3 * after['latency_p50_s']:.0f}, p99 {1e3 * after['latency_p99_s']:.0f} ms")
+    parts += [f"{during[name]:,.0f} {name}" for name in ("retries", "failures") if during[name]]
+    return f"  {'; '.join([*parts, 'blocked {blocked_s:.2f} s, transforms {transform_s:.2f} s'.format(**during)])}"
 
 
 def _line(epoch: DemoEpoch) -> str:

@@ -1,0 +1,46 @@
+"""Log what a dataset counted to TensorBoard, once per epoch: is training waiting for bytes, and why?
+
+Reads images under `train/` of a bucket and ahead of the loop, in batches, and does nothing with them. Needs
+`pip install "asyncds[vision]" tensorboard` and the `.env` file of `train_minio.py`. Then `tensorboard --logdir runs`.
+"""
+
+import argparse
+import os
+import sys
+import time
+
+import torch
+from dotenv import load_dotenv
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms import v2
+
+from asyncds import AsyncdsError, CachedS3MapDataset, ImageTransform
+
+
+def read(epochs: int, workers: int, folder: str) -> None:
+    pixels = ImageTransform(v2.Compose([v2.ToImage(), v2.Resize((28, 28)), v2.ToDtype(torch.float32, scale=True)]))
+    uri, endpoint = f"s3://{os.environ['MNIST_BUCKET_NAME']}/train/", os.environ["AWS_ENDPOINT_URL"]
+    dataset = CachedS3MapDataset.from_prefix(uri, endpoint=endpoint, transform=pixels)
+    loader = dataset.loader(batch_size=200, shuffle=True, num_workers=workers)
+    with SummaryWriter(folder) as writer:
+        for epoch in range(1, epochs + 1):
+            started = time.perf_counter()
+            samples = sum(len(batch) for batch in loader)
+            for name, value in dataset.stats().items():  # in Lightning: self.log_dict(dataset.stats())
+                writer.add_scalar(f"asyncds/{name}", value, epoch)
+            print(f"epoch {epoch}: {samples / (time.perf_counter() - started):,.0f} images/s; {dataset}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=0, help="worker processes of the DataLoader")
+    parser.add_argument("--folder", default="runs", help="where TensorBoard looks")
+    arguments = parser.parse_args()
+    load_dotenv(".env")
+    if missing := [name for name in ("AWS_ENDPOINT_URL", "MNIST_BUCKET_NAME") if not os.environ.get(name)]:
+        sys.exit(f"{', '.join(missing)} not set: write NAME=value into the file .env of this directory")
+    try:
+        read(arguments.epochs, arguments.workers, arguments.folder)
+    except AsyncdsError as error:
+        sys.exit(f"error: {error}")
