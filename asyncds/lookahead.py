@@ -49,6 +49,7 @@ class _Position:
     def __init__(self, resumed: dict[str, Any] | None) -> None:
         self.start = resumed
         self.yielded = 0 if resumed is None else resumed["batches"]
+        self.ended = False
 
 
 class Batch(list[Any]):
@@ -209,11 +210,7 @@ class LookaheadBatchSampler(BatchSampler):
 
     def __iter__(self) -> Iterator[list[Any]]:
         # A DataLoader with workers makes two iterators and begins the second: the state is for the first that begins.
-        # But what is at its end is for the first that is made: StatefulDataLoader makes one for it, and drops it.
         self._position = position = _Position(self._resumed)
-        if self._resumed is not None and self._resumed["batches"] == self._resumed["length"]:
-            self._resumed = None
-            return self._run(position)
         return self._run(position, self._resumed)
 
     def _run(self, position: _Position, claimed: dict[str, Any] | None = None) -> Iterator[list[Any]]:
@@ -228,6 +225,7 @@ class LookaheadBatchSampler(BatchSampler):
             for batch in itertools.islice(batches, self.depth + 1 - len(coming)):
                 coming.append((_checked(batch), _packed(batch) if self.depth else array("I")))
             if not coming:
+                position.ended = True
                 return
             batch, _ = coming.popleft()
             position.yielded = number + 1
@@ -276,9 +274,12 @@ class LookaheadBatchSampler(BatchSampler):
 
         `batches_done` is the number of batches that training has had in this epoch. It is needed with a plain
         `DataLoader` that has workers, because those are sent batches in advance; `StatefulDataLoader` knows it, and
-        without workers all that was yielded has been delivered.
+        without workers all that was yielded has been delivered. The state of an epoch that has ended is the
+        beginning of the next one.
         """
         position = self._position
+        if position.ended and batches_done in (None, position.yielded):  # the next epoch, which has not begun
+            return {**self._here(), "random": None, "epoch": None}
         if batches_done is not None and not 0 <= batches_done <= position.yielded:
             raise ConfigurationError(f"batches_done={batches_done}: of this epoch {position.yielded} were taken so far")
         start = position.start if position.start is not None else {**self._here(), "random": None}
