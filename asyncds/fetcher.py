@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Itera
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 from asyncds.cache import Cache, LargeEntry
 from asyncds.download import Downloader, Memory, SizeTold, Slots
@@ -25,12 +25,14 @@ from asyncds.store.base import NoParts, ObjectStore
 
 __all__ = ["Fetched", "Fetcher", "lookup"]
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _LOOKUP = 200
 _SECONDS_BETWEEN_CLAIMS = 0.03
 _REFILLS = 4  # of the window, while it is used once
 _BATCH_ENTRIES = 256
 _BATCH_BYTES = 8 << 20
+_SECONDS_TO_FLUSH = 3.0
 
 
 _NOBODY = -1  # the group of a prefetch whose group is gone
@@ -353,15 +355,21 @@ class Fetcher:
             await asyncio.wait([self._writing])
 
     async def aclose(self) -> None:
-        """Cancel what is under way, wait for it, and close the store. Whoever waits gets `DatasetClosed`."""
+        """Cancel what is under way, and close the store. Whoever waits gets `DatasetClosed`.
+
+        What has arrived goes to the cache first, as far as it takes it within three seconds.
+        """
         self._closed = True
         self._ahead.forget(lambda _: True)
         tasks = [flight.task for flight in self._flights.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.flush()
-        self._writer.shutdown()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SECONDS_TO_FLUSH):
+                await self.flush()
+        self._unwritten.clear()
+        self._writer.shutdown(wait=self._writing is None or self._writing.done())
         close = getattr(self._store, "aclose", None)
         if close is not None:
             await close()
@@ -490,7 +498,7 @@ class Fetcher:
             await self.downloader.parts(info, partial(run, entry.write), allowance=-waited)
             return await run(partial(entry.finish, first_seen=asked.etag is None)), entry.kept
         except BaseException as error:
-            await run(entry.abandon)  # after the parts that are being written there
+            await self._off_loop(entry.abandon)  # after the parts that are being written there
             if isinstance(error, FAULTS) and not isinstance(error, AsyncdsError):
                 cache.failed("written", error)
             elif not isinstance(error, NoParts):
@@ -541,22 +549,27 @@ class Fetcher:
 
     async def _write(self) -> None:
         assert self._cache is not None
-        loop = asyncio.get_running_loop()
         while self._unwritten:
             batch = self._next_batch()
             entries = [entry for entry, _ in batch]
             try:
-                stored = await loop.run_in_executor(self._writer, self._cache.put_each, entries, self._tag)
-            except (
-                Exception
-            ) as error:  # the cache is advisory: whatever becomes of it, those who wait have their objects
+                stored = await self._off_loop(self._cache.put_each, entries, self._tag)
+            except Exception:  # the cache is advisory: whatever becomes of it, those who wait have their objects
                 stored = [False] * len(entries)
-                if "cannot schedule new futures" not in str(error):  # the interpreter is about to end
-                    _log.exception("objects could not be cached")
+                _log.exception("objects could not be cached")
             self._count(uncached=stored.count(False))
             for (_, written), there in zip(batch, stored, strict=True):
                 if not written.done():
                     written.set_result(there)
+
+    async def _off_loop(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function on the writer's thread; here, where threads are given no more work: at the very end."""
+        try:
+            working = asyncio.get_running_loop().run_in_executor(self._writer, function, *arguments)
+        except RuntimeError:
+            await asyncio.sleep(0)
+            return function(*arguments)
+        return await working
 
     def _next_batch(self) -> list[tuple[NewEntry, asyncio.Future[bool]]]:
         batch, size = list[tuple[NewEntry, asyncio.Future[bool]]](), 0

@@ -13,11 +13,13 @@ from uuid import uuid4
 
 from asyncds.errors import CacheError, ConfigurationError, EmptyDataset, TransferFailed
 from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, encode, predicate
+from asyncds.workers import insist_on_a_loader, is_worker
 
 __all__ = ["Labeller", "Table", "list_prefix"]
 
 Labeller = Callable[[str], Label]
 _KEPT_S = 7 * 86400
+_SECONDS_BETWEEN_TRIES = 0.05
 
 
 class Table:
@@ -171,10 +173,21 @@ def _locked(path: Path) -> Iterator[None]:
         yield
         return
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX)
+        _take(descriptor)
         yield
     finally:
         os.close(descriptor)
+
+
+def _take(descriptor: int) -> None:
+    """Wait for the lock; in a worker, only for as long as there is a loader that waits for it."""
+    while is_worker():
+        with contextlib.suppress(BlockingIOError, PermissionError):
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        insist_on_a_loader()
+        time.sleep(_SECONDS_BETWEEN_TRIES)
+    fcntl.lockf(descriptor, fcntl.LOCK_EX)
 
 
 def _prune(folder: Path) -> None:
