@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 _LOOKUP = 200
 _SECONDS_BETWEEN_CLAIMS = 0.03
 _REFILLS = 4  # of the window, while it is used once
+_SECONDS_TO_FLUSH = 3.0
 _NOBODY = -1  # the group of a prefetch whose group is gone
 
 
@@ -338,7 +339,10 @@ class Fetcher:
             await self._writer.flush()
 
     async def aclose(self) -> None:
-        """Cancel what is under way, wait for it, and close the store. Whoever waits gets `DatasetClosed`."""
+        """Cancel what is under way, and close the store. Whoever waits gets `DatasetClosed`.
+
+        What has arrived goes to the cache first, as far as it takes it within three seconds.
+        """
         self._closed = True
         self._ahead.forget(lambda _: True)
         flights = list(self._flights.values())
@@ -350,8 +354,7 @@ class Fetcher:
                 self._land(flight, stored=False)
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._writer is not None:
-            await self._writer.flush()
-            self._writer.close()
+            await self._writer.aclose(_SECONDS_TO_FLUSH)
         close = getattr(self._store, "aclose", None)
         if close is not None:
             await close()
@@ -511,7 +514,7 @@ class Fetcher:
             await self.downloader.parts(info, partial(run, entry.write), spent=flight.spent)
             return await run(partial(entry.finish, first_seen=flight.info.etag is None)), entry.kept
         except BaseException as error:
-            await run(entry.abandon)  # after the parts that are being written there
+            await self._writer.call(entry.abandon)  # after the parts that are being written there
             if isinstance(error, FAULTS) and not isinstance(error, AsyncdsError):
                 cache.failed("written", error)
             elif not isinstance(error, NoParts):

@@ -11,13 +11,17 @@ import errno
 import fcntl
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
+from asyncds.workers import insist_on_a_loader, is_worker
+
 __all__ = ["Locks", "waiting"]
 
+_SECONDS_BETWEEN_TRIES = 0.05
 _BUSY = {errno.EACCES, errno.EAGAIN}
 
 
@@ -117,10 +121,21 @@ def waiting(path: Path) -> Iterator[None]:
         yield
         return
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX)
+        _wait_for(descriptor)
         yield
     finally:
         os.close(descriptor)
+
+
+def _wait_for(descriptor: int) -> None:
+    """Wait for the lock; in a worker, only for as long as there is a loader that waits for it."""
+    while is_worker():
+        with contextlib.suppress(BlockingIOError, PermissionError):
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        insist_on_a_loader()
+        time.sleep(_SECONDS_BETWEEN_TRIES)
+    fcntl.lockf(descriptor, fcntl.LOCK_EX)
 
 
 def _offset(name: bytes) -> int:

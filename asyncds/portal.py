@@ -5,12 +5,13 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Coroutine, Hashable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from typing import Any, TypeVar
 
 import uvloop
 
 from asyncds.errors import ConfigurationError, DatasetClosed
+from asyncds.workers import SECONDS_BETWEEN_CHECKS, insist_on_a_loader
 
 __all__ = ["Portal"]
 
@@ -88,7 +89,7 @@ class Portal:
         """Run a coroutine on the loop and wait for it.
 
         An interrupt of the caller cancels it, waits until it has ended, and goes on. Raises `DatasetClosed` where the
-        loop ends first.
+        loop ends first, and in a worker whose loader is gone.
         """
         if self.is_current:
             coroutine.close()
@@ -96,6 +97,8 @@ class Portal:
         ended = threading.Event()
         future = self.start(_telling(coroutine, ended))
         try:
+            while not wait([future], SECONDS_BETWEEN_CHECKS).done:
+                insist_on_a_loader()
             return future.result()
         except CancelledError:
             raise DatasetClosed("the dataset was closed while something was under way") from None

@@ -8,8 +8,10 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import wait
 from functools import partial
 from multiprocessing import util
 from pathlib import Path
@@ -31,12 +33,13 @@ from asyncds.recipe import StoreRecipe
 from asyncds.retry import Retry
 from asyncds.stats import Counters
 from asyncds.warm import Missing, WarmReport, warm
+from asyncds.workers import SECONDS_BETWEEN_CHECKS, insist_on_a_loader, workers
 
 __all__ = ["Arrivals", "Source"]
 
 # Exit handlers of multiprocessing run in workers, too, where those of atexit do not; the greater number goes first.
 _FIRST_TO_CLOSE, _LAST_TO_CLOSE = 100, 90
-_SECONDS_BETWEEN_CHECKS = 5.0
+_PATIENCE_S = 5.0
 _LOOKUP = 1000
 _MOST_EARLY, _EARLY_BYTES, _SMALL = 100_000, 16 << 20, 256 << 10
 
@@ -48,13 +51,17 @@ class Arrivals:
         self._portal = portal
         self._queue: SimpleQueue[tuple[int, Fetched | BaseException | None]] = SimpleQueue()
         self._early: dict[int, Fetched | BaseException | None] = {}
+        self._next_check = time.monotonic() + SECONDS_BETWEEN_CHECKS
 
     def put(self, position: int, result: Fetched | BaseException | None) -> None:
         """Called on the loop."""
         self._queue.put((position, result))
 
     def take(self, position: int) -> Fetched:
-        """Wait for the object at this position, and return it or raise its error."""
+        """Wait for the object at this position, and return it or raise its error.
+
+        Raises `DatasetClosed`, too, where the dataset is closed meanwhile, or nobody waits for the batch any more.
+        """
         result = self._wait(position)
         if isinstance(result, BaseException):
             raise result
@@ -68,12 +75,15 @@ class Arrivals:
     def _wait(self, position: int) -> Fetched | BaseException | None:
         while position not in self._early:
             try:
-                place, result = self._queue.get(timeout=_SECONDS_BETWEEN_CHECKS)
+                place, result = self._queue.get(timeout=SECONDS_BETWEEN_CHECKS)
             except Empty:
                 if not self._portal.alive:
                     raise DatasetClosed("the dataset was closed while a batch was under way") from None
             else:
                 self._early[place] = result
+            if time.monotonic() > self._next_check:
+                insist_on_a_loader()
+                self._next_check = time.monotonic() + SECONDS_BETWEEN_CHECKS
         return self._early.pop(position)
 
 
@@ -133,7 +143,7 @@ class _Runtime:
         settings = source.settings
         self.pid = os.getpid()
         self.portal = Portal.enter()
-        concurrency = max(1, settings.concurrency // _workers())
+        concurrency = max(1, settings.concurrency // workers())
         retry = Retry(
             settings.retries,
             settings.deadline,
@@ -158,28 +168,25 @@ class _Runtime:
         weakref.finalize(source, self._dropped).atexit = False
 
     def _shut(self) -> None:
-        with contextlib.suppress(Exception):
-            self.portal.call(self.fetcher.aclose())
-        self.portal.leave()
+        try:
+            if not self.portal.is_current:
+                wait([self.portal.start(self.fetcher.aclose())], _PATIENCE_S)
+        finally:
+            self.portal.leave()
 
     def _dropped(self) -> None:
         """The garbage collector comes by on any thread, also on one that closing waits for: leave it to the loop."""
         if self.close.still_active() and self.pid == os.getpid() and self.portal.alive:
             self.close.cancel()
             with contextlib.suppress(RuntimeError):
-                self.portal.start(self._wind_up())
+                ending = self.portal.start(self._wind_up())
+                at_exit = util.Finalize(None, wait, ([ending], _PATIENCE_S), exitpriority=_FIRST_TO_CLOSE)
+                ending.add_done_callback(lambda _: at_exit.cancel())
 
     async def _wind_up(self) -> None:
         with contextlib.suppress(Exception):
             await self.fetcher.aclose()
         self.portal.leave()
-
-
-def _workers() -> int:
-    """How many processes of the DataLoader share what this rank may have in flight."""
-    data = sys.modules.get("torch.utils.data")
-    info = data.get_worker_info() if data is not None else None
-    return info.num_workers if info is not None else 1
 
 
 class Source:

@@ -1,6 +1,7 @@
 """Into the cache, off the loop: as many objects at once as have gathered, so that storing never holds up receiving."""
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -47,20 +48,32 @@ class Writer:
         while self._writing is not None and not self._writing.done():
             await asyncio.wait([self._writing])
 
-    def close(self) -> None:
-        """End the thread, once it has nothing left to do."""
-        self._thread.shutdown()
+    async def call(self, function: Callable[..., T], *arguments: object) -> T:
+        """As `run`; here, where threads are given no more work: when the interpreter is about to end."""
+        try:
+            working = self.run(function, *arguments)
+        except RuntimeError:
+            await asyncio.sleep(0)
+            return function(*arguments)
+        return await working
+
+    async def aclose(self, patience: float) -> None:
+        """Store what is here, as far as that takes no more than so many seconds, and end the thread."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self.flush()
+        self._unwritten.clear()
+        self._thread.shutdown(wait=self._writing is None or self._writing.done())
 
     async def _write(self) -> None:
         while self._unwritten:
             batch = self._next_batch()
             entries = [entry for entry, _ in batch]
             try:
-                stored = await self.run(self._cache.put_each, entries, self._tag)
-            except Exception as error:  # the cache is advisory: those who wait have their objects
+                stored = await self.call(self._cache.put_each, entries, self._tag)
+            except Exception:  # the cache is advisory: those who wait have their objects
                 stored = [False] * len(entries)
-                if "cannot schedule new futures" not in str(error):  # the interpreter is about to end
-                    _log.exception("objects could not be cached")
+                _log.exception("objects could not be cached")
             for (_, done), there in zip(batch, stored, strict=True):
                 done(there)
 

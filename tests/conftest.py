@@ -1,9 +1,11 @@
 """What all tests share: an environment that is clean of the developer's, S3 servers, processes, and pictures."""
 
+import gc
 import io
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -99,3 +101,15 @@ def child() -> Iterator[Callable[..., BaseProcess]]:
             process.kill()
         process.join()
         process.close()
+
+
+@pytest.fixture(scope="module")
+def fork_server() -> Iterator[None]:
+    """A fork server that starts with this module's environment, and with torch, so that its children start quickly."""
+    gc.collect()
+    forkserver._forkserver._stop()
+    multiprocessing.set_forkserver_preload(["torch.utils.data", "asyncds.dataset"])
+    yield
+    multiprocessing.set_forkserver_preload(["__main__"])
+    gc.collect()  # it ends when the last process does that was forked while it ran
+    forkserver._forkserver._stop()

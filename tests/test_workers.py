@@ -1,10 +1,8 @@
-"""The dataset behind the stock DataLoader: in workers, across forks, when processes die, and inside a running loop."""
+"""The dataset behind the stock DataLoader: in workers, when one of them dies, and inside a running loop."""
 
 import asyncio
 import contextlib
-import gc
 import hashlib
-import multiprocessing
 import os
 import pickle
 import random
@@ -16,7 +14,6 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from multiprocessing import forkserver
 
 import numpy as np
 import pytest
@@ -34,7 +31,6 @@ from asyncds.errors import (
     TransferFailed,
 )
 from asyncds.retry import Retry
-from asyncds.stats import Counters
 from asyncds.testing import Fault, S3Server
 
 pytestmark = [
@@ -48,8 +44,6 @@ pytestmark = [
 KEYS = [f"train/{number % 10}/{number:03}.bin" for number in range(60)]
 PREFIX = "s3://mnist/train/"
 ENOUGH_S = 20
-EXIT_S = 10
-TORCH_S = 5
 
 
 def body(key: str) -> bytes:
@@ -129,18 +123,6 @@ def bucket(server, monkeypatch):
     server.latency = 0
 
 
-@pytest.fixture(scope="module")
-def fork_server():
-    """A fork server that starts with this module's environment, and with torch, so that its children start quickly."""
-    gc.collect()
-    forkserver._forkserver._stop()
-    multiprocessing.set_forkserver_preload(["torch.utils.data", "asyncds.dataset"])
-    yield
-    multiprocessing.set_forkserver_preload(["__main__"])
-    gc.collect()  # it ends when the last process does that was forked while it ran
-    forkserver._forkserver._stop()
-
-
 def epochs(dataset, *, workers: int, persistent: bool = False, method: str | None = None) -> list[torch.Tensor]:
     """Two shuffled epochs under one seed."""
     random.seed(7)
@@ -172,10 +154,6 @@ def failure(loader: DataLoader) -> Exception:
         error.__cause__ = error.__context__ = None
         return error.with_traceback(None)
     raise AssertionError("the epoch did not fail")
-
-
-def our_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("asyncds")]
 
 
 # the same epoch as without asyncds
@@ -364,55 +342,6 @@ def expect(dataset, rows: list[int]) -> None:
     assert dataset.__getitems__(rows) == [EXPECTED[row] for row in rows]
 
 
-def test_forking_from_a_process_with_a_live_runtime_never_hangs(bucket, child):
-    with CachedS3MapDataset.from_prefix(PREFIX, transform=S3Reader.read) as dataset:
-        expect(dataset, [*range(10)])
-        for number in range(50):
-            child("fork", expect, dataset, [number % 10] if number % 10 else [0, 10 + number])
-        assert dataset.stats()["samples"] == 10 + 50 + 5
-    assert bucket.stats.requests == {"LIST": 1, "GET": 10 + 5}
-
-
-def test_forking_while_another_thread_fetches_never_hangs(bucket, child):
-    stop, rounds = threading.Event(), []
-
-    def fetch() -> None:
-        while not stop.is_set():
-            rounds.append(dataset.__getitems__(range(60)))
-
-    with CachedS3MapDataset.from_prefix(PREFIX, transform=S3Reader.read) as dataset:
-        expect(dataset, [*range(10)])
-    with CachedS3MapDataset.from_prefix(PREFIX, transform=S3Reader.read, cache_size="1B") as dataset:
-        thread = threading.Thread(target=fetch)
-        thread.start()
-        try:
-            for number in range(50):
-                child("fork", expect, dataset, [number % 10] if number % 10 else [0, 59])
-        finally:
-            stop.set()
-            thread.join()
-        assert dataset.stats()["uncached"] >= 50 * len(rounds) > 0
-    assert all(samples == EXPECTED for samples in rounds)
-
-
-def test_forking_while_another_thread_counts_never_hangs(tmp_path, child):
-    counters, stop = Counters(tmp_path / "counters"), threading.Event()
-
-    def count() -> None:
-        while not stop.is_set():
-            counters.add(samples=1)
-
-    thread = threading.Thread(target=count)
-    thread.start()
-    try:
-        for _ in range(50):
-            child("fork", lambda: counters.add(hits=1))
-    finally:
-        stop.set()
-        thread.join()
-    assert counters.total()["hits"] == 50
-
-
 def test_child_that_closes_the_dataset_leaves_the_parents_open(bucket, child):
     def close() -> None:
         expect(dataset, [0, 1])
@@ -499,128 +428,6 @@ def test_loader_goes_on_after_an_error_of_a_transform(bucket):
     assert bucket.stats.requests["GET"] == len(KEYS)
 
 
-# leaving early
-
-
-LEAVES = """
-import sys
-from torch.utils.data import DataLoader
-from asyncds import CachedS3MapDataset
-
-workers, way = int(sys.argv[1]), sys.argv[2]
-dataset = CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=lambda object: object.read())
-loader = DataLoader(
-    dataset, batch_size=4, num_workers=workers, multiprocessing_context="fork" if workers else None,
-    collate_fn=list,
-)
-try:
-    for place, batch in enumerate(loader):
-        print("batch", flush=True)
-        if place == 1 and way == "break":
-            break
-        if place == 1 and way == "exception":
-            raise LookupError("of the training loop")
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-except LookupError:
-    print("failed", flush=True)
-"""
-
-
-@pytest.mark.parametrize(("workers", "way"), [(0, "interrupt"), (2, "interrupt"), (2, "exception"), (2, "break")])
-def test_process_that_leaves_with_fetches_pending_exits_at_once_and_silently(bucket, workers, way):
-    # Objects of the first two batches come, all others never do: whoever waits for them waits for ever.
-    bucket.script("mnist", None, [Fault.stall()], forever=True)
-    for key in sorted(KEYS)[:8]:
-        bucket.script("mnist", key, [Fault()])
-    command = [sys.executable, "-W", "error", "-c", LEAVES, str(workers), way]
-    with subprocess.Popen(
-        command, bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    ) as process:
-        try:
-            assert [process.stdout.readline() for _ in range(2)] == [b"batch\n"] * 2
-            if way == "interrupt":
-                wait_for_requests(bucket, 4)
-                os.killpg(process.pid, signal.SIGINT)
-            # torch waits five seconds for each worker that is inside a dataset when its loop is left.
-            patience = EXIT_S + (0 if way == "interrupt" else TORCH_S * workers)
-            output, errors = process.communicate(timeout=patience)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    said = {"interrupt": b"interrupted\n", "break": b"", "exception": b"failed\n"}[way]
-    assert (output, errors, process.returncode) == (said, b"", 0)
-
-
-def wait_for_requests(server: S3Server, count: int) -> None:
-    while server.stats.in_flight < count:  # for as long as the test has time
-        pass
-
-
-LEAVES_A_THREAD_BEHIND = """
-import contextlib, sys, threading
-from asyncds import CachedS3MapDataset
-from asyncds.errors import DatasetClosed
-
-def read():
-    with contextlib.suppress(DatasetClosed):
-        dataset[0]
-
-dataset = CachedS3MapDataset.from_prefix("s3://mnist/train/")
-print(len(dataset), flush=True)
-threading.Thread(target=read, daemon=True).start()
-sys.stdin.read()
-"""
-
-
-def test_interpreter_exits_with_a_dataset_open_and_a_thread_waiting_for_it(bucket):
-    bucket.script("mnist", None, [Fault.stall()], forever=True)
-    command = [sys.executable, "-W", "error", "-c", LEAVES_A_THREAD_BEHIND]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen(command, bufsize=0, **pipes) as process:
-        try:
-            assert process.stdout.readline() == b"60\n"
-            wait_for_requests(bucket, 1)
-            output, errors = process.communicate(timeout=EXIT_S)
-        finally:
-            process.kill()
-    assert (output, errors, process.returncode) == (b"", b"", 0)
-
-
-def test_no_thread_is_left_after_close(bucket):
-    with CachedS3MapDataset.from_prefix(PREFIX) as first, CachedS3MapDataset.from_prefix(PREFIX) as second:
-        first[0], second[1]
-        assert sum("portal" in name for name in our_threads()) == 1, "datasets share one loop"
-        first.close()
-        assert second[2].key == sorted(KEYS)[2]
-    assert our_threads() == []
-
-
-def test_dataset_that_is_only_forgotten_leaves_no_thread_and_no_file(bucket):
-    dataset = CachedS3MapDataset.from_prefix(PREFIX)
-    dataset[0]
-    folder = Settings().cache_dir / "asyncds"
-    assert [*folder.glob("stats/*")] != []
-    del dataset
-    gc.collect()  # which waits for nothing: the loop winds up by itself
-    for thread in threading.enumerate():
-        if thread.name in our_threads():
-            thread.join(EXIT_S)
-    assert our_threads() == []
-    assert [*folder.glob("stats/*"), *folder.glob("manifests/run-*")] == []
-
-
-def test_close_ends_a_batch_that_is_under_way(bucket):
-    bucket.script("mnist", None, [Fault.stall()], forever=True)
-    dataset = CachedS3MapDataset.from_prefix(PREFIX)
-    with ThreadPoolExecutor() as pool:
-        batch = pool.submit(dataset.__getitems__, [0, 1, 2])
-        wait_for_requests(bucket, 1)
-        dataset.close()
-        with pytest.raises(DatasetClosed):
-            batch.result(EXIT_S)
-
-
 # where it is called from
 
 
@@ -692,37 +499,6 @@ def test_pickling_a_closed_dataset_says_that_it_is_closed(bucket):
     dataset.close()
     with pytest.raises(DatasetClosed, match="closed"):
         pickle.dumps(dataset)
-
-
-DROPPED = """
-import gc, threading
-from asyncds import CachedS3MapDataset
-from asyncds.cache import Cache
-
-put_many = Cache.put_many
-
-def collecting(self, *arguments):
-    gc.collect()
-    return put_many(self, *arguments)
-
-def fails(object):
-    raise LookupError(object.key)
-
-Cache.put_many = collecting
-for _ in range(5):
-    dataset = CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=fails)
-    try:
-        dataset.__getitems__(range(40))
-    except LookupError:
-        pass
-    del dataset
-print("done")
-"""
-
-
-def test_dataset_that_is_collected_on_any_thread_hangs_nobody(bucket):
-    done = run_script(DROPPED)
-    assert (done.stdout, done.stderr, done.returncode) == (b"done\n", b"", 0)
 
 
 CALLBACKS = """

@@ -1,0 +1,43 @@
+"""What a process knows of the DataLoader that it may be a worker of. No torch is imported for it."""
+
+import multiprocessing
+import sys
+from multiprocessing.synchronize import Event
+from typing import Any
+
+from asyncds.errors import DatasetClosed
+
+__all__ = ["SECONDS_BETWEEN_CHECKS", "insist_on_a_loader", "is_worker", "workers"]
+
+SECONDS_BETWEEN_CHECKS = 0.2
+
+
+def workers() -> int:
+    """How many processes of the DataLoader share what this rank may have in flight."""
+    info = _info()
+    return info.num_workers if info is not None else 1
+
+
+def is_worker() -> bool:
+    """Whether this process works for a DataLoader."""
+    return _info() is not None
+
+
+def insist_on_a_loader() -> None:
+    """Raise `DatasetClosed` in a worker whose loader was left, or whose parent has died; to be called while it waits.
+
+    torch looks only between two batches, and gives a worker that waits within one five seconds before it kills it.
+    """
+    if not is_worker():
+        return
+    # What torch tells its workers by is an argument of their loop, and has no other way here.
+    arguments = getattr(multiprocessing.current_process(), "_args", ())
+    left = next((argument for argument in arguments if isinstance(argument, Event)), None)
+    parent = multiprocessing.parent_process()
+    if (left is not None and left.is_set()) or (parent is not None and not parent.is_alive()):
+        raise DatasetClosed("the loader that this worker reads for is gone")
+
+
+def _info() -> Any:
+    data = sys.modules.get("torch.utils.data")
+    return data.get_worker_info() if data is not None else None
