@@ -1,11 +1,9 @@
 """Samples that are asked for together: find their objects, wait for what is missing, transform."""
 
 import math
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -96,40 +94,18 @@ def in_turn(wanted: Sequence[tuple[PartBatch, int]]) -> Iterator[Callable[[], An
     return (partial(batch.sample, position) for batch, position in wanted)
 
 
-def side_by_side(wanted: Sequence[tuple[PartBatch, int]], threads: int) -> list[Callable[[], Any]]:
+def side_by_side(wanted: Sequence[tuple[PartBatch, int]], threads: Executor) -> list[Callable[[], Any]]:
     """What waits for each sample, which is made by one of the threads as soon as it and those before it are there."""
-    pool = _decoders(threads)
-    return [_begun(batch, position, pool) for batch, position in wanted]
+    return [_begun(batch, position, threads) for batch, position in wanted]
 
 
-def _begun(batch: PartBatch, position: int, pool: Executor) -> Callable[[], Any]:
+def _begun(batch: PartBatch, position: int, threads: Executor) -> Callable[[], Any]:
     try:
         fetched = batch.fetched(position)
     except Exception as error:
         return partial(_raise, error)
-    return pool.submit(batch.transformed, position, fetched).result
+    return threads.submit(batch.transformed, position, fetched).result
 
 
 def _raise(error: Exception) -> NoReturn:
     raise error
-
-
-_pools: dict[int, Executor] = {}
-_guard = threading.Lock()
-
-
-def _decoders(threads: int) -> Executor:
-    """This process's pool of so many threads, which all of its datasets share. It ends with the process."""
-    with _guard:
-        if threads not in _pools:
-            _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="asyncds-decoder")
-        return _pools[threads]
-
-
-def _forget_in_child() -> None:
-    global _guard
-    _guard = threading.Lock()
-    _pools.clear()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)

@@ -225,8 +225,10 @@ class CachedS3MapDataset(ReadsAhead):
             self._look_ahead(indices)
         places = {owner: itertools.count() for owner in batches}
         wanted = [(batches[owner], next(places[owner])) for owner in owners.tolist()]
-        threads = max(part.source.settings.decode_threads for part in self._parts)
-        made = in_turn(wanted) if threads == 0 else side_by_side(wanted, threads)
+        threads = max(
+            (part.source for part in self._parts), key=lambda source: source.settings.decode_threads
+        ).threads()
+        made = in_turn(wanted) if threads is None else side_by_side(wanted, threads)
         samples = []
         for index, owner, sample in zip(indices, owners.tolist(), made, strict=True):
             try:

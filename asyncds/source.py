@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import wait
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from functools import partial
 from multiprocessing import util
 from pathlib import Path
@@ -231,6 +231,7 @@ class Source:
             label=label,
         )
         self._runtimes: list[_Runtime] = []  # the last is this process's; those before it were inherited and lie still
+        self._threads: tuple[int, Executor] | None = None  # and the process that has them
         self._hold()
         self._closed = False
         self._smallest: int | None = None
@@ -251,7 +252,7 @@ class Source:
         if self._litter:  # the pickle may outlive this object: its files stay until this process ends
             util.Finalize(None, _remove, (self._litter[:],), exitpriority=_LAST_TO_CLOSE)
             self._litter.clear()
-        state = self.__dict__ | {"_runtimes": [], "_litter": []}
+        state = self.__dict__ | {"_runtimes": [], "_threads": None, "_litter": []}
         del state["cache"], state["_release"]
         return state
 
@@ -285,6 +286,16 @@ class Source:
             if not self._runtimes or self._runtimes[-1].pid != os.getpid():
                 self._runtimes.append(_Runtime(self))
             return self._runtimes[-1]
+
+    def threads(self) -> Executor | None:
+        """This process's threads for transforms, made on first use; None if none are asked for."""
+        count = self.settings.decode_threads
+        if count == 0:
+            return None
+        with _making:
+            if self._threads is None or self._threads[0] != os.getpid():
+                self._threads = os.getpid(), ThreadPoolExecutor(count, thread_name_prefix="asyncds-decoder")
+            return self._threads[1]
 
     def find(self, infos: Sequence[ObjectInfo]) -> tuple[list[ObjectInfo], list[Fetched | None]]:
         """Look up a batch in the cache, in the calling thread; see `lookup`."""
@@ -419,6 +430,8 @@ class Source:
         self._closed = True
         if self._runtimes and self._runtimes[-1].pid == os.getpid():
             self._runtimes[-1].close()
+        if self._threads is not None and self._threads[0] == os.getpid():
+            self._threads[1].shutdown()
         self._final, self._final_latencies = self.counters.total(), self.counters.latencies()
         self._release()
         self.cache.close()

@@ -653,8 +653,12 @@ def test_epoch_after_a_break_asks_again_only_for_what_was_in_flight(stalled, ahe
 
 
 def test_no_thread_is_left_after_close(bucket):
-    with CachedS3MapDataset.from_prefix(PREFIX) as first, CachedS3MapDataset.from_prefix(PREFIX) as second:
-        first[0], second[1]
+    with (
+        CachedS3MapDataset.from_prefix(PREFIX, decode_threads=2) as first,
+        CachedS3MapDataset.from_prefix(PREFIX) as second,
+    ):
+        first.__getitems__([0, 1, 2]), second[1]
+        assert sum("decoder" in name for name in our_threads()) == 2
         assert sum("portal" in name for name in our_threads()) == 1, "datasets share one loop"
         first.close()
         assert second[2].key == KEYS[2]
@@ -662,8 +666,9 @@ def test_no_thread_is_left_after_close(bucket):
 
 
 def test_dataset_that_is_only_forgotten_leaves_no_thread_and_no_file(bucket):
-    dataset = CachedS3MapDataset.from_prefix(PREFIX)
-    dataset[0]
+    dataset = CachedS3MapDataset.from_prefix(PREFIX, decode_threads=2)
+    dataset.__getitems__([0, 1, 2])
+    assert sum("decoder" in name for name in our_threads()) == 2
     folder = Settings().cache_dir / "asyncds"
     assert [*folder.glob("stats/*")] != []
     del dataset
