@@ -7,7 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from asyncds.errors import AsyncdsError, ObjectChanged, TransferFailed
 from asyncds.large import PART
@@ -171,23 +171,65 @@ class _Turn:
         self._memory.give_back(held)
 
 
-class Express(Protocol):
-    """Who waits for an object that was sent for without a task."""
+class Express:
+    """An object that is sent for without a task; what becomes of it is for subclasses to say.
 
-    known: ObjectInfo
-    """The object; its size is known."""
+    `known` is the object, of known size. `held` are the bytes of memory that are kept for it from its request on, to be
+    given back by who gets it. When it is `over`, nobody needs it any more.
+    """
 
-    over: bool
-    """Whether nobody needs it any more."""
+    __slots__ = ("_began", "_downloader", "held", "known", "over")
 
-    held: int
-    """Bytes of memory that are kept for it from its request on, to be given back by who gets it."""
+    def __init__(self, downloader: "Downloader", info: ObjectInfo) -> None:
+        self._downloader = downloader
+        self._began = 0.0
+        self.known = info
+        self.held = 0
+        self.over = False
 
-    def came(self, served: ObjectInfo, body: bytes) -> None:
+    def landed(self, served: ObjectInfo, body: bytes) -> None:
         """Here it is, verified."""
+        raise NotImplementedError
 
     def detour(self, first: First | None, spent: float) -> None:
-        """It has to be brought by `whole`, with this first attempt, and so many seconds less than it has by itself."""
+        """It has to be brought by `Downloader.whole`, with this first attempt, when so many seconds are spent."""
+        raise NotImplementedError
+
+    # the way there
+
+    def depart(self) -> bool:
+        """Use a slot, or leave it."""
+        downloader, size = self._downloader, self.known.size or 0
+        if self.over:
+            return False
+        if downloader.memory.take_now(size):
+            self.held, self._began = size, asyncio.get_running_loop().time()
+            if downloader.ask(self, self._began + size / _SLOWEST):
+                return True
+            self.release()
+        self.detour(None, 0.0)
+        return False
+
+    def came(self, served: ObjectInfo, body: bytes) -> None:
+        """See `Outcome`."""
+        try:
+            verify(self.known, served, body)
+        except AsyncdsError as error:
+            self.otherwise(partial(_raise, error))
+            return
+        self._downloader.arrived(len(body), asyncio.get_running_loop().time() - self._began)
+        self.landed(served, body)
+
+    def otherwise(self, first: First) -> None:
+        """See `Outcome`."""
+        self._downloader.slots.give_back(1)
+        self.release()
+        self.detour(first, asyncio.get_running_loop().time() - self._began)
+
+    def release(self) -> None:
+        """Give back the memory that is held for it."""
+        held, self.held = self.held, 0
+        self._downloader.memory.give_back(held)
 
 
 class Downloader:
@@ -209,61 +251,32 @@ class Downloader:
         self._observe = observe
         self._store = store
         self._retry = retry
-        self._slots = slots
+        self.slots = slots
         self._count = self._bytes = 0
         self._ask = getattr(store, "ask", None)
 
-    def express(self, receiver: Express) -> None:
+    def express(self, object: Express) -> None:
         """Send for an object as soon as there is a slot, without a task.
 
         That is how a healthy object of a store that has `ask` comes, at a third of the cost of `whole`; where anything
-        is the matter, the receiver is told to make a detour.
+        is the matter, it has to make a detour.
         """
         if self._ask is None:
-            receiver.detour(None, 0.0)
+            object.detour(None, 0.0)
         else:
-            self._slots.offer(1, partial(self._depart, receiver))
+            self.slots.offer(1, object.depart)
 
-    def _depart(self, receiver: Express) -> bool:
-        """Use a slot, or leave it."""
-        info = receiver.known
-        size = info.size or 0
-        if receiver.over:
-            return False
-        if self.memory.take_now(size):
-            receiver.held, now = size, asyncio.get_running_loop().time()
-            until = now + self._retry.deadline + size / _SLOWEST
-            outcome = partial(self._come, receiver, now), partial(self._turn_off, receiver, now)
-            if self._ask is not None and self._ask(info, *outcome, until):
-                return True
-            self._give_back(receiver)
-        receiver.detour(None, 0.0)
-        return False
+    def ask(self, object: Express, until: float) -> bool:
+        """Ask for it at once, if that can be done; it has so many seconds, and those that every object has."""
+        return self._ask is not None and self._ask(object.known, object, until + self._retry.deadline)
 
-    def _come(self, receiver: Express, started: float, served: ObjectInfo, body: bytes) -> None:
-        self._slots.give_back(1)
-        try:
-            verify(receiver.known, served, body)
-        except AsyncdsError as error:
-            self._off(receiver, started, partial(_raise, error))
-            return
-        self._observe(asyncio.get_running_loop().time() - started)
+    def arrived(self, size: int, seconds: float) -> None:
+        """Count an object that came by express, and let others have its slot."""
+        self.slots.give_back(1)
+        self._observe(seconds)
         self._retry.reached = True
         self._count += 1
-        self._bytes += len(body)
-        receiver.came(served, body)
-
-    def _turn_off(self, receiver: Express, started: float, first: First) -> None:
-        self._slots.give_back(1)
-        self._off(receiver, started, first)
-
-    def _off(self, receiver: Express, started: float, first: First) -> None:
-        self._give_back(receiver)
-        receiver.detour(first, asyncio.get_running_loop().time() - started)
-
-    def _give_back(self, receiver: Express) -> None:
-        held, receiver.held = receiver.held, 0
-        self.memory.give_back(held)
+        self._bytes += size
 
     def expected_size(self, info: ObjectInfo) -> int:
         """Bytes of the object, as listed, or as the mean of the others lets expect."""
@@ -278,7 +291,7 @@ class Downloader:
         `first` is awaited in the place of the first attempt. Raises `SizeTold` when an answer announces more than
         `most` bytes, and what `Retry` and `verify` raise.
         """
-        turn = _Turn(self._slots, self.memory, self.expected_size(info))
+        turn = _Turn(self.slots, self.memory, self.expected_size(info))
         try:
             served, body = await self._brought(info, turn, spent, most, first)
             turn.hold(len(body))
@@ -332,7 +345,7 @@ class Downloader:
         return served, body
 
     async def _bring(self, info: ObjectInfo, part: slice, write: Callable[[int, bytes], Any], spent: float) -> None:
-        turn = _Turn(self._slots, self.memory, part.stop - part.start)
+        turn = _Turn(self.slots, self.memory, part.stop - part.start)
         try:
             attempt = partial(self._attempt_part, info, part)
             allowance = (info.size or 0) / _SLOWEST

@@ -10,14 +10,14 @@ from itertools import islice
 from typing import Any, Self
 
 from asyncds.cache import Cache, LargeEntry
-from asyncds.download import Downloader, Memory, SizeTold, Slots
+from asyncds.download import Downloader, Express, Memory, SizeTold, Slots
 from asyncds.entry import NewEntry, object_id
 from asyncds.errors import AsyncdsError, ConfigurationError, DatasetClosed, ObjectChanged
 from asyncds.index import FAULTS
 from asyncds.large import LARGE, StoredBody
 from asyncds.lookup import Fetched, lookup
 from asyncds.manifest import ObjectInfo
-from asyncds.prefetch import Prefetch
+from asyncds.prefetch import Place, Prefetch
 from asyncds.recipe import StoreRecipe
 from asyncds.retry import Retry
 from asyncds.stats import Counters
@@ -49,39 +49,79 @@ def _chunks(infos: Iterable[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
 Key = tuple[str, str, str | None]  # bucket, key and ETag
 
 
-class Flight:
+class Flight(Express):
     """One download under way.
 
-    `arrived` holds the object or the error. `settled` comes after it, and tells whether the cache has the object.
-    `known` is what is asked for: `info`, with the ETag that the cache knows it by. `size` is what is expected to
-    arrive, `group` that of a prefetch which nobody waits for yet, `reserved` are the bytes of memory that are kept free
-    for it in the window of what was brought in advance, and `held` those that it takes on its way. `spent` is how many
-    seconds of its deadline are over. When it is `over`, what still happens to it is ignored.
+    `result` is the object, or the error, once it is there, and `arrived` a future of it. `settled` comes after it, and
+    tells whether the cache has the object. `known` is what is asked for: `info`, with the ETag that the cache knows it
+    by. `size` is what is expected to arrive, `group` that of a prefetch which nobody waits for yet, `reserved` are the
+    bytes of memory that are kept free for it in the window of what was brought in advance. `spent` is how many seconds
+    of its deadline are over. When it is `over`, what still happens to it is ignored.
+
+    The futures are made when somebody asks for them: nobody waits for most of what is brought in advance, and the
+    garbage collector has to look at all that lives for as long as a download takes.
     """
 
     __slots__ = (
-        *("arrived", "claimed", "group", "held", "info", "key", "known", "over"),
-        *("reserved", "settled", "size", "spent", "task", "_fetcher"),
+        *("_arrived", "_fetcher", "_settled", "claimed", "group", "id", "info", "key"),
+        *("reserved", "result", "size", "spent", "stored", "task"),
     )
 
     def __init__(self, fetcher: "Fetcher", info: ObjectInfo, group: int | None = None, reserved: int = 0) -> None:
-        loop = asyncio.get_running_loop()
+        super().__init__(fetcher.downloader, info)
         self._fetcher = fetcher
-        self.info = self.known = info
+        self.info = info
         self.key: Key = (info.bucket, info.key, info.etag)
-        self.arrived: asyncio.Future[Fetched] = loop.create_future()
-        self.settled: asyncio.Future[bool] = loop.create_future()
+        self.id = fetcher.object_id(info)
         self.size = fetcher.downloader.expected_size(info)
         self.group = group
         self.reserved = reserved
-        self.held = 0
         self.spent = 0.0
-        self.claimed = self.over = False
+        self.claimed = False
+        self.result: Fetched | BaseException | None = None
+        self.stored: bool | None = None
         self.task: asyncio.Task[None] | None = None  # what sees to it where that takes more than a request
+        self._arrived: asyncio.Future[Fetched] | None = None
+        self._settled: asyncio.Future[bool] | None = None
 
-    def came(self, served: ObjectInfo, body: bytes) -> None:
+    @property
+    def arrived(self) -> asyncio.Future[Fetched]:
+        if self._arrived is None:
+            self._arrived = asyncio.get_running_loop().create_future()
+            self._tell_result()
+        return self._arrived
+
+    @property
+    def settled(self) -> asyncio.Future[bool]:
+        if self._settled is None:
+            self._settled = asyncio.get_running_loop().create_future()
+            if self.stored is not None:
+                self._settled.set_result(self.stored)
+        return self._settled
+
+    def arrive(self, result: Fetched | BaseException) -> None:
+        """To be called once, with the object or the error."""
+        self.result = result
+        self._tell_result()
+
+    def settle(self, stored: bool) -> None:
+        """To be called once, after `arrive`."""
+        self.stored = stored
+        if self._settled is not None:
+            self._settled.set_result(stored)
+
+    def _tell_result(self) -> None:
+        if self._arrived is None or self.result is None:
+            return
+        if isinstance(self.result, BaseException):
+            self._arrived.set_exception(self.result)
+            self._arrived.exception()  # read once, so that a failure nobody waits for is not logged as lost
+        else:
+            self._arrived.set_result(self.result)
+
+    def landed(self, served: ObjectInfo, body: bytes) -> None:
         """See `Express`."""
-        self._fetcher.came(self, served, body)
+        self._fetcher.landed(self, served, body)
 
     def detour(self, first: First | None, spent: float) -> None:
         """See `Express`."""
@@ -112,7 +152,7 @@ class _Window:
 
     def _land(self, flight: Flight, _: asyncio.Future[bool]) -> None:
         if self._finished is not None:
-            size = 0 if flight.arrived.exception() is not None else len(flight.arrived.result().body)
+            size = len(flight.result.body) if isinstance(flight.result, Fetched) else 0
             self._held += size - flight.size
             self._finished.put_nowait((flight, size))
 
@@ -121,12 +161,10 @@ class _Window:
         flight, amount = await self._finished.get()
         self.pending -= 1
         self._held -= amount
-        error = flight.arrived.exception()
-        if error is None:
-            return flight.info, flight.arrived.result()
-        if isinstance(error, AsyncdsError):
-            return flight.info, error
-        raise error
+        if isinstance(flight.result, Fetched | AsyncdsError):
+            return flight.info, flight.result
+        assert flight.result is not None
+        raise flight.result
 
     def close(self) -> None:
         """Nobody takes what still comes; it goes into the cache."""
@@ -266,12 +304,12 @@ class Fetcher:
         if kept is not None and flight is None and info.etag in (None, kept.info.etag):
             self._count(prefetch_hits=1)
             flight = Flight(self, info)
-            flight.arrived.set_result(kept)
-            flight.settled.set_result(False)
+            flight.arrive(kept)
+            flight.settle(stored=False)
         elif flight is None:
             flight = self._launch(Flight(self, info))
         elif flight.group is not None:
-            self._count(prefetch_hits=int(flight.arrived.done()))
+            self._count(prefetch_hits=int(flight.result is not None))
             flight.group = None
         return flight
 
@@ -299,13 +337,13 @@ class Fetcher:
         self._flights[flight.key] = flight
         self._unarrived += 1
         self._expected += flight.size
-        flight.arrived.add_done_callback(self._arrived)
         if not self._boarding:
             asyncio.get_running_loop().call_soon(self._board)
         self._boarding.append(flight)
         return flight
 
-    def _arrived(self, _: asyncio.Future[Fetched]) -> None:
+    def _arrive(self, flight: Flight, result: Fetched | BaseException) -> None:
+        flight.arrive(result)
         self._unarrived -= 1
         # Some at a time: what is launched together is claimed, looked up and written together.
         if self._unarrived <= self._concurrency - self._concurrency // _REFILLS:
@@ -350,7 +388,7 @@ class Fetcher:
         for task in tasks:
             task.cancel()
         for flight in flights:
-            if flight.task is None and not flight.arrived.done():
+            if flight.task is None and flight.result is None:
                 self._land(flight, stored=False)
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._writer is not None:
@@ -380,7 +418,7 @@ class Fetcher:
                 return False
             if self._cache.full:  # nobody waits for what will not be there
                 return True
-            flight.claimed = self._cache.claim(self._id(flight.info))
+            flight.claimed = self._cache.claim(flight.id)
             if not flight.claimed:
                 flight.task = asyncio.create_task(self._wait_for_claim(flight))
             return flight.claimed
@@ -391,12 +429,12 @@ class Fetcher:
     async def _wait_for_claim(self, flight: Flight) -> None:
         """Wait for another process that brings the object: a quarter of the deadline; then bring it as well."""
         assert self._cache is not None
-        now, id = asyncio.get_running_loop().time, self._id(flight.info)
+        now = asyncio.get_running_loop().time
         started = now()
         try:
             while not flight.claimed and now() - started < self._patience:
                 await asyncio.sleep(_SECONDS_BETWEEN_CLAIMS)
-                flight.claimed = self._cache.claim(id)
+                flight.claimed = self._cache.claim(flight.id)
         except asyncio.CancelledError:
             self._land(flight, stored=False)
             raise
@@ -422,7 +460,7 @@ class Fetcher:
             if found is None:
                 self._send(flight)
             else:
-                flight.arrived.set_result(found)
+                self._arrive(flight, found)
                 self._land(flight, stored=True)
 
     def _send(self, flight: Flight) -> None:
@@ -431,7 +469,7 @@ class Fetcher:
         else:
             self.downloader.express(flight)
 
-    def came(self, flight: Flight, served: ObjectInfo, body: bytes) -> None:
+    def landed(self, flight: Flight, served: ObjectInfo, body: bytes) -> None:
         """An object has come by express: hand it on, and store it."""
         if flight.over:
             return
@@ -501,7 +539,7 @@ class Fetcher:
         if not self._admits(info.size):
             return None
         run = self._writer.run
-        beginning = run(cache.begin, self._id(info), info.etag, info.size, self._tag)
+        beginning = run(cache.begin, flight.id, info.etag, info.size, self._tag)
         try:
             entry = await asyncio.shield(beginning)
         except asyncio.CancelledError:
@@ -524,14 +562,15 @@ class Fetcher:
     def _deliver(self, flight: Flight, fetched: Fetched) -> None:
         self._done += 1
         self._count(gets=1, bytes=len(fetched.body))
-        flight.arrived.set_result(fetched)
+        self._arrive(flight, fetched)
 
     def _publish(self, flight: Flight, served: ObjectInfo, body: bytes, done: Callable[[bool], object]) -> None:
         assert self._writer is not None
-        entry = NewEntry(self._id(served), served.etag or "", body, first_seen=flight.info.etag is None)
+        entry = NewEntry(flight.id, served.etag or "", body, first_seen=flight.info.etag is None)
         self._writer.put(entry, done)
 
-    def _id(self, info: ObjectInfo) -> bytes:
+    def object_id(self, info: ObjectInfo) -> bytes:
+        """What stands for the object in the cache."""
         return object_id(self._store.endpoint, info.bucket, info.key)
 
     def _land(self, flight: Flight, *, stored: bool, error: BaseException | None = None) -> None:
@@ -543,14 +582,14 @@ class Fetcher:
         self._expected -= flight.size
         self._ahead.release(flight.reserved)
         if flight.claimed and self._cache is not None:
-            self._cache.unclaim(self._id(flight.info))
-        held, flight.held = flight.held, 0
-        self.downloader.memory.give_back(held)
-        if not flight.arrived.done():
+            self._cache.unclaim(flight.id)
+        flight.release()
+        if isinstance(flight.result, Fetched):
+            if flight.group is not None:
+                self._keep(flight.key[:2], flight.result, flight.group, stored)
+        else:
             self._fail(flight, error)
-        elif flight.group is not None:
-            self._keep(flight, flight.group, stored)
-        flight.settled.set_result(stored)
+        flight.settle(stored)
 
     def _fail(self, flight: Flight, error: BaseException | None) -> None:
         if error is None:
@@ -558,17 +597,15 @@ class Fetcher:
         elif flight.group is None:
             self._failed += 1
             self._count(failures=1)
-        flight.arrived.set_exception(error)
-        flight.arrived.exception()  # read once, so that a failure nobody waits for is not logged as lost
+        self._arrive(flight, error)
 
-    def _keep(self, flight: Flight, group: int, stored: bool) -> None:
-        fetched = flight.arrived.result()
+    def _keep(self, place: Place, fetched: Fetched, group: int, stored: bool) -> None:
         if group == _NOBODY:
             return
         if stored:
             self._on_early(fetched)
         else:
-            self._ahead.keep(flight.key[:2], fetched, len(fetched.body), group)
+            self._ahead.keep(place, fetched, len(fetched.body), group)
 
     def _count(self, **amounts: float) -> None:
         if self._counters is not None:

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 from asyncds.errors import StoreError
 from asyncds.manifest import ObjectInfo
 
-__all__ = ["First", "NoParts", "ObjectStore", "Reserve", "no_bound"]
+__all__ = ["First", "NoParts", "ObjectStore", "Outcome", "Reserve", "no_bound"]
 
 Reserve = Callable[[int], None]
 First = Callable[[], Awaitable[tuple[ObjectInfo, bytes]]]
@@ -15,6 +15,16 @@ First = Callable[[], Awaitable[tuple[ObjectInfo, bytes]]]
 
 class NoParts(StoreError):
     """The store sends objects as a whole only."""
+
+
+class Outcome(Protocol):
+    """Who is told what has become of one attempt: by a call of one of these, on the loop."""
+
+    def came(self, served: ObjectInfo, body: bytes) -> None:
+        """What `ObjectStore.get` would return."""
+
+    def otherwise(self, first: First) -> None:
+        """A task has to see to it: `first` goes on with the attempt, or raises how it ended."""
 
 
 def no_bound(size: int) -> None:

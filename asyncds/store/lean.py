@@ -6,7 +6,6 @@ botocore's own signature of it, and from then on builds the request itself. What
 to the full lane, which explains it.
 """
 
-import asyncio
 import base64
 import hashlib
 import hmac
@@ -16,13 +15,12 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from asyncds.manifest import ObjectInfo
 from asyncds.store.base import Reserve
-from asyncds.store.wire import Answer, BrokenConnection, Pool
+from asyncds.store.wire import Answer, BrokenConnection, Done, Pool
 
 __all__ = ["Credentials", "LeanLane", "Template"]
 
@@ -200,28 +198,14 @@ class LeanLane:
         request = self._templates[info.bucket].request(info.key, info.etag, credentials, self._now(), part)
         pool = self._pool(info.bucket)
         if part is None:
-            return self._judged(info.bucket, await pool.get(request, info.size, reserve))
-        return self._judged(info.bucket, await pool.get(request, part.stop - part.start, reserve, 206), part)
+            return self.judged(info.bucket, await pool.get(request, info.size, reserve))
+        return self.judged(info.bucket, await pool.get(request, part.stop - part.start, reserve, 206), part)
 
-    def ask(
-        self,
-        info: ObjectInfo,
-        credentials: Credentials | None,
-        done: Callable[[Answer | Exception], object],
-        until: float,
-    ) -> bool:
-        """As `get`, for a whole object of known size, at once or not at all; see `Pool.ask`."""
+    def ask(self, info: ObjectInfo, credentials: Credentials | None, done: Done, until: float) -> bool:
+        """As `get`, for a whole object of known size, at once or not at all; see `Pool.ask`. `done` has it judged."""
         assert info.size is not None
         request = self._templates[info.bucket].request(info.key, info.etag, credentials, self._now())
-        return self._pool(info.bucket).ask(request, info.size, partial(self._tell, info.bucket, done), until)
-
-    def _tell(self, bucket: str, done: Callable[[Answer | Exception], object], answer: asyncio.Future[Answer]) -> None:
-        outcome: Answer | Exception
-        try:
-            outcome = self._judged(bucket, answer.result())
-        except Exception as error:
-            outcome = error
-        done(outcome)
+        return self._pool(info.bucket).ask(request, info.size, done, until)
 
     def _pool(self, bucket: str) -> Pool:
         template = self._templates[bucket]
@@ -231,7 +215,7 @@ class LeanLane:
             pool = self._pools[template.place] = Pool(*template.place, timeout=self._timeout, tls=tls)
         return pool
 
-    def _judged(self, bucket: str, answer: Answer, part: slice | None = None) -> Answer:
+    def judged(self, bucket: str, answer: Answer, part: slice | None = None) -> Answer:
         """Count answers that were not understood, and refuse a whole body that fails its checksum."""
         if part is None and answer.whole and not _matches_checksum(answer):
             raise BrokenConnection("the body does not match its checksum")

@@ -24,7 +24,7 @@ from asyncds.errors import (
 )
 from asyncds.manifest import ObjectInfo, normalise_etag
 from asyncds.retry import Retry
-from asyncds.store.base import First, NoParts, Reserve, no_bound
+from asyncds.store.base import NoParts, Outcome, Reserve, no_bound
 from asyncds.store.connection import Connection
 from asyncds.store.lean import Credentials, LeanLane
 from asyncds.store.translate import status_error, translate
@@ -117,26 +117,18 @@ class S3Store:
                 return answer
         return await self._full(info, reserve, part)
 
-    def ask(
-        self,
-        info: ObjectInfo,
-        came: Callable[[ObjectInfo, bytes], object],
-        otherwise: Callable[[First], object],
-        until: float,
-    ) -> bool:
+    def ask(self, info: ObjectInfo, outcome: Outcome, until: float) -> bool:
         """Make one attempt to read an object of known size without a task, if that can be done at once.
 
-        Tells whether it can: where the lean lane knows the bucket and has an idle connection. Then either `came` is
-        called with what `get` returns, or `otherwise` with a function that makes an awaitable which goes on with the
-        attempt, or raises how it ended. `until` is when it ends, by the loop's clock.
+        Tells whether it can: where the lean lane knows the bucket and has an idle connection. Then `outcome` is told,
+        once. `until` is when the attempt ends, by the loop's clock.
         """
         lane, credentials = self._lane, self._fresh
         if lane is None or credentials is None or self._loop is not asyncio.get_running_loop():
             return False
         self._keep_fresh()
-        return lane.knows(info.bucket) and lane.ask(
-            info, credentials[0], partial(self._answered, info, came, otherwise), until
-        )
+        done = partial(self._answered, lane, info, outcome)
+        return lane.knows(info.bucket) and lane.ask(info, credentials[0], done, until)
 
     async def head(self, bucket: str, key: str) -> ObjectInfo:
         """Return size and ETag of an object. Raises `ObjectNotFound`, also where the bucket is missing."""
@@ -183,23 +175,24 @@ class S3Store:
             info.bucket, info.key, size, normalise_etag(answer.headers.get(b"etag", b"").decode("latin-1"))
         )
 
-    def _answered(
-        self,
-        info: ObjectInfo,
-        came: Callable[[ObjectInfo, bytes], object],
-        otherwise: Callable[[First], object],
-        answer: Answer | Exception,
-    ) -> None:
+    def _answered(self, lane: LeanLane, info: ObjectInfo, outcome: Outcome, answer: Answer | BaseException) -> None:
+        if not isinstance(answer, BaseException):
+            try:
+                answer = lane.judged(info.bucket, answer)
+            except BrokenConnection as error:
+                answer = error
         if isinstance(answer, BrokenConnection) and answer.untouched:
-            otherwise(partial(self.get, info))  # it was closed while it was idle
+            outcome.otherwise(partial(self.get, info))  # it was closed while it was idle
         elif isinstance(answer, Exception):
-            otherwise(partial(_raise, self._explained(answer, info.uri)))
+            outcome.otherwise(partial(_raise, self._explained(answer, info.uri)))
+        elif isinstance(answer, BaseException):
+            outcome.otherwise(partial(_raise, answer))
         elif answer.whole:
-            came(self._served(info, answer), answer.body)
+            outcome.came(self._served(info, answer), answer.body)
         elif answer.status == 429 or answer.status >= 500:
-            otherwise(partial(_raise, status_error(answer.status, "", info.uri)))
+            outcome.otherwise(partial(_raise, status_error(answer.status, "", info.uri)))
         else:
-            otherwise(partial(self._full, info, no_bound, None))
+            outcome.otherwise(partial(self._full, info, no_bound, None))
 
     async def _full(self, info: ObjectInfo, reserve: Reserve, part: slice | None) -> tuple[ObjectInfo, bytes]:
         arguments = {"Bucket": info.bucket, "Key": info.key}
@@ -373,7 +366,7 @@ class S3Store:
         return arguments
 
 
-async def _raise(error: AsyncdsError) -> NoReturn:
+async def _raise(error: BaseException) -> NoReturn:
     raise error
 
 

@@ -34,6 +34,9 @@ class Answer(NamedTuple):
     whole: bool
 
 
+Done = Callable[["Answer | BaseException"], object]
+
+
 class NoConnection(Exception):
     """No connection could be made; the message names host and port, the cause says why."""
 
@@ -66,13 +69,14 @@ class Body:
 
 
 class _Connection(asyncio.BufferedProtocol):
-    """One connection: idle, or busy with one request whose answer arrives in `answer`.
+    """One connection of a pool: idle, or busy with one request of which it will tell `done`.
 
     What arrives lands in `buffer`, which all connections of a loop share, since each takes it from there at once.
     """
 
-    def __init__(self, buffer: memoryview) -> None:
-        self.answer: asyncio.Future[Answer] | None = None
+    def __init__(self, pool: "Pool", buffer: memoryview) -> None:
+        self.done: Done | None = None
+        self._pool = pool
         self.progress = 0.0
         self.until = math.inf  # when the answer must be there
         self._transport: asyncio.Transport | None = None
@@ -89,18 +93,28 @@ class _Connection(asyncio.BufferedProtocol):
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def ask(self, request: bytes, size: int | None, reserve: Reserve, status: int) -> asyncio.Future[Answer]:
-        """Send a request. `status` is the only one that fits, and `size` the only `Content-Length`, if it is known."""
+    def ask(self, request: bytes, size: int | None, reserve: Reserve, status: int, done: "Done") -> None:
+        """Send a request. `status` is the only one that fits, and `size` the only `Content-Length`, if it is known.
+
+        `done` is called once, with the answer, or with why there is none; then the pool has the connection again.
+        """
         assert self._transport is not None
         self._start, self._head, self._size, self._reserve, self._status = b"", None, size, reserve, status
-        self.answer = self._loop.create_future()
+        self.done = done
         self.progress = self._loop.time()
         self._transport.write(request)
-        return self.answer
 
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+    def end(self, outcome: Answer | BaseException) -> None:
+        """Tell what has become of the request, and let the connection be used for others, if it is open."""
+        done, self.done = self.done, None
+        self._body, self._head = Body(0), None  # an idle connection does not keep what it brought
+        self._pool.take_back(self)
+        if done is not None:
+            done(outcome)
 
     # what the transport calls
 
@@ -115,7 +129,7 @@ class _Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, count: int) -> None:
         self.progress = self._loop.time()
         data = self._buffer[:count]
-        if self.answer is None or self.answer.done():
+        if self.done is None:
             self.abort()  # nothing was asked
         elif self._head is None:
             self._read_head(self._start + data)
@@ -124,9 +138,9 @@ class _Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        if self.answer is not None and not self.answer.done():
+        if self.done is not None:
             untouched = self._head is None and not self._start
-            self.answer.set_exception(BrokenConnection(str(error or "the server closed it"), untouched=untouched))
+            self.end(BrokenConnection(str(error or "the server closed it"), untouched=untouched))
 
     # the answer
 
@@ -140,11 +154,11 @@ class _Connection(asyncio.BufferedProtocol):
         head = _parsed(data[:end])
         length = None if head is None else _length(head[1])
         if head is None:
-            self._finish(Answer(0, {}, b"", whole=False))
             self.abort()
+            self.end(Answer(0, {}, b"", whole=False))
         elif head[0] != self._status or length is None or length != (length if self._size is None else self._size):
-            self._finish(Answer(*head, b"", whole=False))
             self.abort()
+            self.end(Answer(*head, b"", whole=False))
         elif len(data) - end - 4 == length:
             self._deliver(head, data[end + 4 :])
         else:
@@ -166,22 +180,16 @@ class _Connection(asyncio.BufferedProtocol):
         if body.missing < 0:
             self._fail(BrokenConnection("the body is longer than announced"))
         elif body.missing == 0 and head is not None:
-            self._body = Body(0)
             self._deliver(head, body.whole())
 
     def _deliver(self, head: tuple[int, dict[bytes, bytes]], body: bytes) -> None:
         if head[1].get(b"connection", b"").lower() == b"close":
             self.abort()
-        self._finish(Answer(*head, body, whole=True))
-
-    def _finish(self, answer: Answer) -> None:
-        assert self.answer is not None
-        self.answer.set_result(answer)
+        self.end(Answer(*head, body, whole=True))
 
     def _fail(self, error: BaseException) -> None:
-        assert self.answer is not None
-        self.answer.set_exception(error)
         self.abort()
+        self.end(error)
 
 
 def _parsed(head: bytes) -> tuple[int, dict[bytes, bytes]] | None:
@@ -236,32 +244,28 @@ class Pool:
                     raise
         return await self._asked(await self._opened(), request, size, reserve, status)
 
-    def ask(self, request: bytes, size: int, done: Callable[[asyncio.Future[Answer]], object], until: float) -> bool:
+    def ask(self, request: bytes, size: int, done: Done, until: float) -> bool:
         """Send a request on a connection that is open and idle, if there is one; tell whether there was.
 
-        `done` is called with the future of what `get` returns or raises; there is no second try. What is not there
-        at `until`, by the clock of the loop, is broken.
+        `done` is called with what `get` returns or raises; there is no second try. What is not there at `until`, by the
+        clock of the loop, is broken.
         """
         connection = self._kept()
         if connection is None:
             return False
-        self._busy.add(connection)
-        self._watch_over()
         connection.until = until
-        connection.ask(request, size, no_bound, 200).add_done_callback(partial(self._answered, connection, done))
+        self._send(connection, request, size, no_bound, 200, done)
         return True
 
-    def _answered(
-        self,
-        connection: _Connection,
-        done: Callable[[asyncio.Future[Answer]], object],
-        answer: asyncio.Future[Answer],
+    def _send(
+        self, connection: _Connection, request: bytes, size: int | None, reserve: Reserve, status: int, done: Done
     ) -> None:
-        self._let_go(connection)
-        done(answer)
+        self._busy.add(connection)
+        self._watch_over()
+        connection.ask(request, size, reserve, status, done)
 
-    def _let_go(self, connection: _Connection) -> None:
-        connection.answer = None  # an idle connection does not keep what it brought
+    def take_back(self, connection: _Connection) -> None:
+        """Called by a connection whose request has ended."""
         connection.until = math.inf
         self._busy.discard(connection)
         if connection.is_open:
@@ -270,15 +274,13 @@ class Pool:
     async def _asked(
         self, connection: _Connection, request: bytes, size: int | None, reserve: Reserve, status: int
     ) -> Answer:
-        self._busy.add(connection)
-        self._watch_over()
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._send(connection, request, size, reserve, status, partial(_resolve, answer))
         try:
-            return await connection.ask(request, size, reserve, status)
-        except BaseException:
+            return await answer
+        except asyncio.CancelledError:
             connection.abort()
             raise
-        finally:
-            self._let_go(connection)
 
     def _kept(self) -> _Connection | None:
         """The connection that was used last, if one is alive."""
@@ -294,7 +296,7 @@ class Pool:
         try:
             async with asyncio.timeout(self._timeout):
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(self._buffer), self._host, self._port, ssl=self._tls, server_hostname=name
+                    lambda: _Connection(self, self._buffer), self._host, self._port, ssl=self._tls, server_hostname=name
                 )
         except OSError as error:
             raise NoConnection(f"{self._host}:{self._port}") from error
@@ -309,15 +311,12 @@ class Pool:
         now = asyncio.get_running_loop().time()
         self._watch = None
         for connection in list(self._busy):
-            answer = connection.answer
-            if answer is None or answer.done():
-                continue
-            if now - connection.progress > self._timeout:
-                answer.set_exception(BrokenConnection(f"no byte came for {self._timeout:g} s"))
+            late = f"no byte came for {self._timeout:g} s" if now - connection.progress > self._timeout else None
+            if late is None and now > connection.until:
+                late = "it took too long"
+            if late is not None:
                 connection.abort()
-            elif now > connection.until:
-                answer.set_exception(BrokenConnection("it took too long"))
-                connection.abort()
+                connection.end(BrokenConnection(late))
         while self._idle and now - self._idle[0].progress > _IDLE_S:
             self._idle.popleft().abort()
         if self._busy or self._idle:
@@ -331,3 +330,12 @@ class Pool:
             connection.abort()
         self._idle.clear()
         await asyncio.sleep(0)
+
+
+def _resolve(future: asyncio.Future[Answer], outcome: Answer | BaseException) -> None:
+    if future.done():
+        return
+    if isinstance(outcome, BaseException):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

@@ -1,6 +1,7 @@
 """What reading ahead brings: cold epochs with and without it, and the time that a training loop waits for bytes.
 
-    python tests/benchmarks/lookahead.py [--objects 4000] [--rounds 3] [--workers 0,2] [--only cold|waiting|hints]
+    python tests/benchmarks/lookahead.py [--objects 4000] [--rounds 3] [--workers 0,2] [--rtt 0,0.01,0.05]
+        [--only cold|waiting|hints]
 
 Every run is a fresh process, contenders take turns, and requests are counted by the server. All of them decode the same
 PNGs in the same way and get the same batches from the same seed.
@@ -116,7 +117,7 @@ def cold(options: argparse.Namespace) -> None:
     print(f"Cold epochs of {options.objects:,} PNGs, batches of {BATCH}, {options.rounds} rounds\n")
     print("| round trip | workers | samples/s | spread | looking ahead | spread | ratio | in each round | GETs |")
     print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
-    for rtt in (0.0, 0.010, 0.050):
+    for rtt in map(float, options.rtt.split(",")):
         with serving(options, rtt) as server:
             for workers in map(int, options.workers.split(",")):
                 results = in_turns(("plain", "ahead"), options, workers, 0.0, server)
@@ -186,9 +187,10 @@ def serving(options: argparse.Namespace, latency: float | LogNormal) -> Iterator
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objects", type=int, default=4000)
+    parser.add_argument("--objects", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", default="0,2")
+    parser.add_argument("--rtt", default="0,0.01,0.05", help="round trips of the cold epochs, in seconds")
     parser.add_argument("--step", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=["cold", "waiting", "hints"])
     parser.add_argument("--run", help=argparse.SUPPRESS)
