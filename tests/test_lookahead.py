@@ -1054,11 +1054,21 @@ class PassesOn(Hides):
         return self.dataset.__getitems__(indices)
 
 
+class OwnSubset(Subset):
+    """Hands on lists of its own making, as torch's Subset does, and may have changed anything."""
+
+
 @pytest.mark.parametrize(
-    "wrap", [Hides, lambda dataset: ConcatDataset([dataset, TensorDataset(torch.zeros(1))]), lambda d: Hides(Hides(d))]
+    "wrap",
+    [
+        Hides,
+        lambda dataset: ConcatDataset([dataset, TensorDataset(torch.zeros(1))]),
+        lambda dataset: Hides(Hides(dataset)),
+        lambda dataset: OwnSubset(dataset, ROWS),
+    ],
 )
-def test_wrapper_that_asks_for_single_samples_is_warned_of_once(stored, wrap):
-    with pytest.warns(UserWarning, match="one by one, so nothing is read ahead") as caught:
+def test_wrapper_that_does_not_hand_batches_on_is_warned_of_once(stored, wrap):
+    with pytest.warns(UserWarning, match="does not hand the batches on .* so nothing is read ahead") as caught:
         made = loader(wrap(stored), 8, collate_fn=list)
     assert [warning.filename for warning in caught] == [__file__]
     assert keys(made)[:COUNT] == KEYS
