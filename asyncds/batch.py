@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncds.errors import DatasetClosed
 from asyncds.lookup import Fetched
 from asyncds.reader import S3Reader
 from asyncds.source import Source
@@ -104,7 +105,10 @@ def _begun(batch: PartBatch, position: int, threads: Executor) -> Callable[[], A
         fetched = batch.fetched(position)
     except Exception as error:
         return partial(_raise, error)
-    return threads.submit(batch.transformed, position, fetched).result
+    try:
+        return threads.submit(batch.transformed, position, fetched).result
+    except RuntimeError:
+        return partial(_raise, DatasetClosed("the dataset was closed while a batch was under way"))
 
 
 def _raise(error: Exception) -> NoReturn:

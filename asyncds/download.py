@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 import weakref
 from collections import deque
@@ -17,6 +18,7 @@ from asyncds.store.base import First, ObjectStore, no_bound
 
 __all__ = ["Budget", "Downloader", "Express", "Memory", "SizeTold", "Slots", "verify"]
 
+_log = logging.getLogger(__name__)
 _MEMORY = 32 << 20
 _SLOWEST = 1e6  # bytes per second below which a large object may miss its deadline
 _SIZES_TOLD = 4  # for one object, before it is given up
@@ -102,7 +104,12 @@ class Budget:
 
     def _hand(self, amount: int, accept: Callable[[], bool]) -> None:
         self._used += amount
-        if not accept():
+        try:
+            accepted = accept()
+        except Exception:  # nobody who gives something back may come to harm by that
+            accepted = False
+            _log.exception("something was offered in vain")
+        if not accepted:
             self._used -= amount
 
     def _fits(self, amount: int) -> bool:
@@ -175,16 +182,18 @@ class Express:
     """An object that is sent for without a task; what becomes of it is for subclasses to say.
 
     `known` is the object, of known size. `held` are the bytes of memory that are kept for it from its request on, to be
-    given back by who gets it. When it is `over`, nobody needs it any more.
+    given back by who gets it. `spent` is how many seconds of its deadline are over. When it is `over`, nobody needs it
+    any more.
     """
 
-    __slots__ = ("_began", "_downloader", "held", "known", "over")
+    __slots__ = ("_began", "_downloader", "held", "known", "over", "spent")
 
     def __init__(self, downloader: "Downloader", info: ObjectInfo) -> None:
         self._downloader = downloader
         self._began = 0.0
         self.known = info
         self.held = 0
+        self.spent = 0.0
         self.over = False
 
     def landed(self, served: ObjectInfo, body: bytes) -> None:
@@ -204,8 +213,9 @@ class Express:
             return False
         if downloader.memory.take_now(size):
             self.held, self._began = size, asyncio.get_running_loop().time()
-            if downloader.ask(self, self._began + size / _SLOWEST):
-                return True
+            with contextlib.suppress(Exception):  # `whole` will run into the same, and explain it
+                if downloader.ask(self, self._began + size / _SLOWEST - self.spent):
+                    return True
             self.release()
         self.detour(None, 0.0)
         return False
@@ -217,8 +227,10 @@ class Express:
         except AsyncdsError as error:
             self.otherwise(partial(_raise, error))
             return
-        self._downloader.arrived(len(body), asyncio.get_running_loop().time() - self._began)
-        self.landed(served, body)
+        try:
+            self._downloader.arrived(len(body), asyncio.get_running_loop().time() - self._began)
+        finally:
+            self.landed(served, body)
 
     def otherwise(self, first: First) -> None:
         """See `Outcome`."""
@@ -253,7 +265,7 @@ class Downloader:
         self._retry = retry
         self.slots = slots
         self._count = self._bytes = 0
-        self._ask = getattr(store, "ask", None)
+        self._ask: Callable[[ObjectInfo, Express, float], bool] | None = _way_to_ask(store)
 
     def express(self, object: Express) -> None:
         """Send for an object as soon as there is a slot, without a task.
@@ -267,7 +279,7 @@ class Downloader:
             self.slots.offer(1, object.depart)
 
     def ask(self, object: Express, until: float) -> bool:
-        """Ask for it at once, if that can be done; it has so many seconds, and those that every object has."""
+        """Ask for it at once, if that can be done, and tell whether it was; it has the deadline from `until` on."""
         return self._ask is not None and self._ask(object.known, object, until + self._retry.deadline)
 
     def arrived(self, size: int, seconds: float) -> None:
@@ -361,6 +373,13 @@ class Downloader:
         verify(info, served, None)
         self._observe(time.perf_counter() - started)
         return body
+
+
+def _way_to_ask(store: ObjectStore) -> Any:
+    """The store's `ask`, if it comes from the class that its `get` comes from: one that has been changed, or wrapped,
+    counts."""
+    homes = [next((home for home in type(store).__mro__ if name in vars(home)), None) for name in ("get", "ask")]
+    return store.ask if homes[0] is not None and homes[0] is homes[1] else None  # type: ignore[attr-defined]
 
 
 async def _raise(error: AsyncdsError) -> NoReturn:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Self
@@ -55,8 +55,8 @@ class Flight(Express):
     `result` is the object, or the error, once it is there, and `arrived` a future of it. `settled` comes after it, and
     tells whether the cache has the object. `known` is what is asked for: `info`, with the ETag that the cache knows it
     by. `size` is what is expected to arrive, `group` that of a prefetch which nobody waits for yet, `reserved` are the
-    bytes of memory that are kept free for it in the window of what was brought in advance. `spent` is how many seconds
-    of its deadline are over. When it is `over`, what still happens to it is ignored.
+    bytes of memory that are kept free for it in the window of what was brought in advance. When it is `over`, what
+    still happens to it is ignored.
 
     The futures are made when somebody asks for them: nobody waits for most of what is brought in advance, and the
     garbage collector has to look at all that lives for as long as a download takes.
@@ -64,7 +64,7 @@ class Flight(Express):
 
     __slots__ = (
         *("_arrived", "_fetcher", "_settled", "claimed", "group", "id", "info", "key"),
-        *("reserved", "result", "size", "spent", "stored", "task"),
+        *("reserved", "result", "size", "stored", "task"),
     )
 
     def __init__(self, fetcher: "Fetcher", info: ObjectInfo, group: int | None = None, reserved: int = 0) -> None:
@@ -76,7 +76,6 @@ class Flight(Express):
         self.size = fetcher.downloader.expected_size(info)
         self.group = group
         self.reserved = reserved
-        self.spent = 0.0
         self.claimed = False
         self.result: Fetched | BaseException | None = None
         self.stored: bool | None = None
@@ -233,18 +232,21 @@ class Fetcher:
         """Make a fetcher with a store and a cache of its own, which it closes.
 
         Takes by keyword what constructors of datasets take to say where objects are and how they are brought: `region`,
-        `endpoint`, `profile`, `unsigned`, `session_factory`, `s3client_config`, `store`, and every setting of
-        `asyncds.Settings`. To be called on the loop that it is used on. Raises `ConfigurationError` or `CacheError`.
+        `endpoint`, `profile`, `unsigned`, `session_factory`, `s3client_config`, `store`, and the settings of
+        `asyncds.Settings`; those that are about samples mean nothing here, nor does `admit`. To be called on the loop
+        that it is used on. Raises `ConfigurationError` or `CacheError`.
         """
         recipe = StoreRecipe.of(**options)
         settings, tag = recipe.settings, f"objects at {recipe.identity}"
         retry = Retry(settings.retries, settings.deadline, settings.first_contact)
-        cache = Cache(settings.cache_dir, limit=settings.cache_size, read_only=settings.cache_read_only)
-        cache.hold(tag)
-        store = recipe.make(settings.concurrency, retry)
-        fetcher = cls(store, cache, concurrency=settings.concurrency, retry=retry, tag=tag)
-        fetcher._at_end.callback(cache.close)
-        fetcher._at_end.callback(cache.release, tag)
+        with contextlib.ExitStack() as undo:
+            cache = Cache(settings.cache_dir, limit=settings.cache_size, read_only=settings.cache_read_only)
+            undo.callback(cache.close)
+            cache.hold(tag)
+            undo.callback(cache.release, tag)
+            store = recipe.make(settings.concurrency, retry)
+            fetcher = cls(store, cache, concurrency=settings.concurrency, retry=retry, tag=tag)
+            fetcher._at_end = undo.pop_all()
         return fetcher
 
     def __repr__(self) -> str:
@@ -348,7 +350,10 @@ class Fetcher:
         # Some at a time: what is launched together is claimed, looked up and written together.
         if self._unarrived <= self._concurrency - self._concurrency // _REFILLS:
             for fetcher in list(self._slots.listeners):
-                fetcher.launch_ahead()
+                try:
+                    fetcher.launch_ahead()
+                except Exception:  # of another dataset, maybe: this one's objects go on
+                    _log.exception("nothing more is brought in advance")
 
     def launch_ahead(self) -> None:
         """Send for what was named in advance, as far as there are slots; to be called on the loop."""
@@ -391,12 +396,14 @@ class Fetcher:
             if flight.task is None and flight.result is None:
                 self._land(flight, stored=False)
         await asyncio.gather(*tasks, return_exceptions=True)
+        for flight in [flight for flight in self._flights.values() if flight.result is None]:
+            self._land(flight, stored=False)
         if self._writer is not None:
             await self._writer.aclose(_SECONDS_TO_FLUSH)
-        close = getattr(self._store, "aclose", None)
-        if close is not None:
-            await close()
-        self._at_end.close()
+        with self._at_end:
+            close = getattr(self._store, "aclose", None)
+            if close is not None:
+                await close()
 
     def _lookup(self, infos: Sequence[ObjectInfo]) -> tuple[list[ObjectInfo], list[Fetched | None]]:
         if self._cache is None:
@@ -420,7 +427,7 @@ class Fetcher:
                 return True
             flight.claimed = self._cache.claim(flight.id)
             if not flight.claimed:
-                flight.task = asyncio.create_task(self._wait_for_claim(flight))
+                self._see_to(flight, self._wait_for_claim(flight))
             return flight.claimed
         except Exception as error:
             self._land(flight, stored=False, error=error)
@@ -431,17 +438,23 @@ class Fetcher:
         assert self._cache is not None
         now = asyncio.get_running_loop().time
         started = now()
-        try:
-            while not flight.claimed and now() - started < self._patience:
-                await asyncio.sleep(_SECONDS_BETWEEN_CLAIMS)
-                flight.claimed = self._cache.claim(flight.id)
-        except asyncio.CancelledError:
-            self._land(flight, stored=False)
-            raise
+        while not flight.claimed and now() - started < self._patience:
+            await asyncio.sleep(_SECONDS_BETWEEN_CLAIMS)
+            flight.claimed = self._cache.claim(flight.id)
         flight.spent, flight.task = now() - started, None
         if not self._late:
             asyncio.get_running_loop().call_soon(self._look_late)
         self._late.append(flight)
+
+    def _see_to(self, flight: Flight, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Let a task see to it; if that is cancelled, maybe before it has begun, or fails, the flight is over."""
+        flight.task = asyncio.create_task(coroutine)
+        flight.task.add_done_callback(partial(self._seen_to, flight))
+
+    def _seen_to(self, flight: Flight, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled() or error is not None:
+            self._land(flight, stored=False, error=error)
 
     def _look_late(self) -> None:
         late, self._late = self._late, []
@@ -457,11 +470,14 @@ class Fetcher:
             _log.exception("the cache could not be looked into")
         for flight, known, found in zip(flights, *answers, strict=True):
             flight.known = known
-            if found is None:
-                self._send(flight)
-            else:
-                self._arrive(flight, found)
-                self._land(flight, stored=True)
+            try:
+                if found is None:
+                    self._send(flight)
+                else:
+                    self._arrive(flight, found)
+                    self._land(flight, stored=True)
+            except Exception as error:
+                self._land(flight, stored=False, error=error)
 
     def _send(self, flight: Flight) -> None:
         if flight.known.size is None or flight.known.size > LARGE:
@@ -489,16 +505,10 @@ class Fetcher:
     def detour(self, flight: Flight, first: First | None) -> None:
         """Bring an object with all that may be needed: retries, parts, its size if nobody knows it."""
         if not flight.over:
-            flight.task = asyncio.create_task(self._travel(flight, first))
+            self._see_to(flight, self._travel(flight, first))
 
     async def _travel(self, flight: Flight, first: First | None) -> None:
-        try:
-            self._stored(flight, await self._download(flight, first))
-        except asyncio.CancelledError:
-            self._land(flight, stored=False)
-            raise
-        except BaseException as error:
-            self._land(flight, stored=False, error=error)
+        self._stored(flight, await self._download(flight, first))
 
     async def _download(self, flight: Flight, first: First | None) -> bool:
         """Bring an object: a large one in parts, straight into its file, if cache and store can do that."""
@@ -584,12 +594,14 @@ class Fetcher:
         if flight.claimed and self._cache is not None:
             self._cache.unclaim(flight.id)
         flight.release()
-        if isinstance(flight.result, Fetched):
-            if flight.group is not None:
-                self._keep(flight.key[:2], flight.result, flight.group, stored)
-        else:
-            self._fail(flight, error)
-        flight.settle(stored)
+        try:
+            if isinstance(flight.result, Fetched):
+                if flight.group is not None:
+                    self._keep(flight.key[:2], flight.result, flight.group, stored)
+            else:
+                self._fail(flight, error)
+        finally:
+            flight.settle(stored)
 
     def _fail(self, flight: Flight, error: BaseException | None) -> None:
         if error is None:

@@ -275,7 +275,7 @@ class LookaheadBatchSampler(BatchSampler):
         `batches_done` is the number of batches that training has had in this epoch. It is needed with a plain
         `DataLoader` that has workers, because those are sent batches in advance; `StatefulDataLoader` knows it, and
         without workers all that was yielded has been delivered. The state of an epoch that has ended is the
-        beginning of the next one.
+        beginning of the next one; what draws from torch's global generator then draws as that is when it begins.
         """
         position = self._position
         if position.ended and batches_done in (None, position.yielded):  # the next epoch, which has not begun

@@ -96,9 +96,15 @@ class _Early:
     """
 
     def __init__(self) -> None:
+        _earlies.add(self)
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin anew: in a child, whose parent may have forked amid something."""
         self._lock = threading.Lock()
         self.objects: dict[tuple[str, str], Fetched | None] = {}
         self._bytes = 0
+        self._outdated = False
 
     def __reduce__(self) -> tuple[type["_Early"], tuple[()]]:
         return _Early, ()
@@ -106,7 +112,7 @@ class _Early:
     def add(self, fetched: Fetched) -> None:
         size, body = len(fetched.body), fetched.body
         with self._lock:
-            if len(self.objects) >= _MOST_EARLY:  # those whom nobody asked for in the end
+            if self._outdated or len(self.objects) >= _MOST_EARLY:  # those whom nobody asked for in the end
                 self._clear()
             fits = isinstance(body, bytes) and size <= _SMALL and self._bytes + size <= _EARLY_BYTES
             self._bytes += size if fits else 0
@@ -116,6 +122,8 @@ class _Early:
     def take(self, infos: Sequence[ObjectInfo]) -> tuple[list[bool], list[Fetched | None]]:
         """Take objects out. Returns which of them were brought in advance, and what is at hand of each."""
         with self._lock:
+            if self._outdated:
+                self._clear()
             early = [(info.bucket, info.key) in self.objects for info in infos]
             found = [self._pop((info.bucket, info.key)) for info in infos]
         for place, (info, there) in enumerate(zip(infos, found, strict=True)):
@@ -124,8 +132,8 @@ class _Early:
         return early, found
 
     def clear(self) -> None:
-        with self._lock:
-            self._clear()
+        """Let go of everything at the next use. The garbage collector calls this: it must not wait for the lock."""
+        self._outdated = True
 
     def _pop(self, place: tuple[str, str]) -> Fetched | None:
         fetched = self.objects.pop(place, None)
@@ -134,7 +142,7 @@ class _Early:
 
     def _clear(self) -> None:
         self.objects.clear()
-        self._bytes = 0
+        self._bytes, self._outdated = 0, False
 
 
 class _Runtime:
@@ -165,7 +173,7 @@ class _Runtime:
             admits=partial(Source.admits, weakref.proxy(source)) if settings.admit == "smallest" else None,
             on_early=source.early.add,
         )
-        if is_worker():
+        if is_worker() and not gc.get_freeze_count():
             # What a worker has inherited and loaded stays until it ends. Otherwise the garbage collector goes through
             # all of it again and again, because so much comes and goes: a sixth of the CPU of a small object.
             gc.freeze()
@@ -497,11 +505,14 @@ def _remove(paths: list[Path]) -> None:
 
 
 _making = threading.Lock()
+_earlies: weakref.WeakSet[_Early] = weakref.WeakSet()
 
 
 def _forget_in_child() -> None:
     global _making
     _making = threading.Lock()
+    for early in _earlies:
+        early.renew()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -62,7 +62,9 @@ class Writer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 await self.flush()
-        self._unwritten.clear()
+        dropped, self._unwritten = self._unwritten, deque()
+        for _, done in dropped:
+            _tell(done, False)
         self._thread.shutdown(wait=self._writing is None or self._writing.done())
 
     async def _write(self) -> None:
@@ -75,7 +77,7 @@ class Writer:
                 stored = [False] * len(entries)
                 _log.exception("objects could not be cached")
             for (_, done), there in zip(batch, stored, strict=True):
-                done(there)
+                _tell(done, there)
 
     def _next_batch(self) -> list[tuple[NewEntry, Callable[[bool], object]]]:
         batch, size = list[tuple[NewEntry, Callable[[bool], object]]](), 0
@@ -83,3 +85,10 @@ class Writer:
             batch.append(self._unwritten.popleft())
             size += len(batch[-1][0].body)
         return batch
+
+
+def _tell(done: Callable[[bool], object], there: bool) -> None:
+    try:
+        done(there)
+    except Exception:  # the others are to be told all the same
+        _log.exception("whether an object was cached could not be told")

@@ -33,7 +33,7 @@ from asyncds.store.wire import Answer, Body, BrokenConnection
 __all__ = ["S3Store"]
 
 _CHUNK = 1 << 20
-_FRESH_S = 1.0
+_FRESH_S, _STALE_S = 1.0, 60.0
 _now_fetching: ContextVar[ObjectInfo | None] = ContextVar("_now_fetching", default=None)
 
 
@@ -84,7 +84,7 @@ class S3Store:
         """The endpoint's identity; all of AWS is one."""
         return self._endpoint
 
-    # the three methods of an ObjectStore
+    # the methods of an ObjectStore, and one that asks at once
 
     async def list(self, bucket: str, prefix: str) -> AsyncGenerator[Sequence[ObjectInfo], None]:
         """Yield pages of up to 1,000 objects, each page retried within the deadline."""
@@ -126,7 +126,8 @@ class S3Store:
         lane, credentials = self._lane, self._fresh
         if lane is None or credentials is None or self._loop is not asyncio.get_running_loop():
             return False
-        self._keep_fresh()
+        if not self._keep_fresh():
+            return False
         done = partial(self._answered, lane, info, outcome)
         return lane.knows(info.bucket) and lane.ask(info, credentials[0], done, until)
 
@@ -152,11 +153,11 @@ class S3Store:
     # the two lanes
 
     async def _lean(
-        self, lane: LeanLane, info: ObjectInfo, reserve: Reserve, part: slice | None
+        self, lane: LeanLane, info: ObjectInfo, reserve: Reserve, part: slice | None, *, fresh: bool = False
     ) -> tuple[ObjectInfo, bytes] | None:
         """One GET on the lean lane, or None where the full lane has to look at what is the matter."""
         try:
-            answer = await lane.get(info, await self._credentials(), reserve, part)
+            answer = await lane.get(info, await self._credentials(), reserve, part, fresh=fresh)
         except Exception as error:
             raise self._explained(error, info.uri) from error
         if answer.whole:
@@ -175,14 +176,18 @@ class S3Store:
             info.bucket, info.key, size, normalise_etag(answer.headers.get(b"etag", b"").decode("latin-1"))
         )
 
+    async def _again(self, lane: LeanLane, info: ObjectInfo) -> tuple[ObjectInfo, bytes]:
+        """The same attempt, on a connection that nobody has used."""
+        return await self._lean(lane, info, no_bound, None, fresh=True) or await self._full(info, no_bound, None)
+
     def _answered(self, lane: LeanLane, info: ObjectInfo, outcome: Outcome, answer: Answer | BaseException) -> None:
         if not isinstance(answer, BaseException):
             try:
                 answer = lane.judged(info.bucket, answer)
-            except BrokenConnection as error:
+            except Exception as error:
                 answer = error
         if isinstance(answer, BrokenConnection) and answer.untouched:
-            outcome.otherwise(partial(self.get, info))  # it was closed while it was idle
+            outcome.otherwise(partial(self._again, lane, info))  # it was closed while it was idle
         elif isinstance(answer, Exception):
             outcome.otherwise(partial(_raise, self._explained(answer, info.uri)))
         elif isinstance(answer, BaseException):
@@ -268,12 +273,13 @@ class S3Store:
         self._fresh = found, asyncio.get_running_loop().time()
         return found
 
-    def _keep_fresh(self) -> None:
-        """Look after the credentials that `ask` uses once a second; who gets none for long, takes the long way."""
+    def _keep_fresh(self) -> bool:
+        """Look after the credentials that `ask` uses once a second; tell whether they may be used meanwhile."""
         assert self._fresh is not None
         age = asyncio.get_running_loop().time() - self._fresh[1]
         if age > _FRESH_S and (self._renewing is None or self._renewing.done()):
             self._renewing = asyncio.create_task(self._renew())
+        return age < _STALE_S
 
     async def _renew(self) -> None:
         try:

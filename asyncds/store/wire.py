@@ -7,6 +7,7 @@ to the next request.
 
 import asyncio
 import io
+import logging
 import math
 import ssl
 from collections import deque
@@ -18,6 +19,7 @@ from asyncds.store.base import Reserve, no_bound
 
 __all__ = ["Answer", "Body", "BrokenConnection", "NoConnection", "Pool"]
 
+_log = logging.getLogger(__name__)
 _LONGEST_HEAD = 64 << 10
 _FIRST_PIECE = 8 << 10
 _BUFFER = 256 << 10
@@ -114,7 +116,10 @@ class _Connection(asyncio.BufferedProtocol):
         self._body, self._head = Body(0), None  # an idle connection does not keep what it brought
         self._pool.take_back(self)
         if done is not None:
-            done(outcome)
+            try:
+                done(outcome)
+            except Exception:
+                _log.exception("an answer could not be handed on")
 
     # what the transport calls
 
@@ -227,15 +232,18 @@ class Pool:
         self._busy: set[_Connection] = set()
         self._watch: asyncio.TimerHandle | None = None
 
-    async def get(self, request: bytes, size: int | None, reserve: Reserve, status: int = 200) -> Answer:
+    async def get(
+        self, request: bytes, size: int | None, reserve: Reserve, status: int = 200, *, fresh: bool = False
+    ) -> Answer:
         """Send a request, and return its answer, whole if it is of this `status`.
 
         If `size` is not known, `reserve` is called with it before a body is read, and what it raises is raised.
 
         Raises `NoConnection` or `BrokenConnection`; what stands still for `timeout` seconds is broken. A connection
-        that was kept alive and turns out to be closed is replaced once. Cancelling closes the connection.
+        that was kept alive and turns out to be closed is replaced once; a `fresh` request goes over a new one.
+        Cancelling closes the connection.
         """
-        connection = self._kept()
+        connection = None if fresh else self._kept()
         if connection is not None:
             try:
                 return await self._asked(connection, request, size, reserve, status)
