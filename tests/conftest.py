@@ -44,14 +44,28 @@ def clean_environment(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.chdir(place)
 
 
+def _point_to(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+
+
 def _serve(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     with server:
         server.create_bucket("mnist")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
-        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        _point_to(server, monkeypatch)
         yield server
+
+
+@pytest.fixture
+def bucket(server, monkeypatch) -> Iterator[S3Server]:
+    """The `server` of the test's module, which has the same objects for all of its tests, as it was at first."""
+    _point_to(server, monkeypatch)
+    server.reset_counts()
+    yield server
+    server.clear_scripts()
+    server.latency = 0
 
 
 @pytest.fixture

@@ -61,19 +61,6 @@ def server():
 
 
 @pytest.fixture
-def bucket(server, monkeypatch):
-    """The module's server, as it was when the module began."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-of-the-tests")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    server.reset_counts()
-    yield server
-    server.clear_scripts()
-    server.latency = 0
-
-
-@pytest.fixture
 def stalled(bucket):
     """The same, where whoever waits for an object after the first few waits for ever."""
     stall(bucket)

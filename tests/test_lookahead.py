@@ -130,18 +130,6 @@ def server():
 
 
 @pytest.fixture
-def bucket(server, monkeypatch):
-    """The module's server, as it was when the module began."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-of-the-tests")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    server.reset_counts()
-    yield server
-    server.clear_scripts()
-
-
-@pytest.fixture
 def dataset(bucket):
     with CachedS3MapDataset.from_prefix(PREFIX, transform=key_of) as dataset:
         yield dataset

@@ -110,19 +110,6 @@ def server():
         yield server
 
 
-@pytest.fixture
-def bucket(server, monkeypatch):
-    """The module's server, as it was when the module began."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-of-the-tests")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    server.reset_counts()
-    yield server
-    server.clear_scripts()
-    server.latency = 0
-
-
 def epochs(dataset, *, workers: int, persistent: bool = False, method: str | None = None) -> list[torch.Tensor]:
     """Two shuffled epochs under one seed."""
     random.seed(7)
