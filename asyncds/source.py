@@ -175,7 +175,7 @@ class _Runtime:
         )
         if is_worker() and not gc.get_freeze_count():
             # What a worker has inherited and loaded stays until it ends. Otherwise the garbage collector goes through
-            # all of it again and again, because so much comes and goes: a sixth of the CPU of a small object.
+            # all of it again and again, because so much comes and goes: a tenth of an epoch of small objects.
             gc.freeze()
         self.close = util.Finalize(None, self._shut, exitpriority=_FIRST_TO_CLOSE)
         weakref.finalize(source, self._dropped).atexit = False
@@ -446,6 +446,7 @@ class Source:
         if self._threads is not None and self._threads[0] == os.getpid():
             self._threads[1].shutdown()
         self._final, self._final_latencies = self.counters.total(), self.counters.latencies()
+        self.early.renew()
         self._release()
         self.cache.close()
         if os.getpid() == self.table.owner:

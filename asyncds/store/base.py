@@ -1,12 +1,12 @@
 """The seam between asyncds and a store."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NoReturn, Protocol, runtime_checkable
 
 from asyncds.errors import StoreError
 from asyncds.manifest import ObjectInfo
 
-__all__ = ["First", "NoParts", "ObjectStore", "Outcome", "Reserve", "no_bound"]
+__all__ = ["First", "NoParts", "ObjectStore", "Outcome", "Reserve", "failed", "no_bound"]
 
 Reserve = Callable[[int], None]
 First = Callable[[], Awaitable[tuple[ObjectInfo, bytes]]]
@@ -15,6 +15,15 @@ First = Callable[[], Awaitable[tuple[ObjectInfo, bytes]]]
 
 class NoParts(StoreError):
     """The store sends objects as a whole only."""
+
+
+def failed(error: BaseException) -> First:
+    """An attempt that has ended so."""
+
+    async def attempt() -> NoReturn:
+        raise error
+
+    return attempt
 
 
 class Outcome(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, NoReturn
+from typing import Any
 
 import aiohttp
 from botocore.httpsession import get_cert_path
@@ -24,7 +24,7 @@ from asyncds.errors import (
 )
 from asyncds.manifest import ObjectInfo, normalise_etag
 from asyncds.retry import Retry
-from asyncds.store.base import NoParts, Outcome, Reserve, no_bound
+from asyncds.store.base import NoParts, Outcome, Reserve, failed, no_bound
 from asyncds.store.connection import Connection
 from asyncds.store.lean import Credentials, LeanLane
 from asyncds.store.translate import status_error, translate
@@ -189,13 +189,13 @@ class S3Store:
         if isinstance(answer, BrokenConnection) and answer.untouched:
             outcome.otherwise(partial(self._again, lane, info))  # it was closed while it was idle
         elif isinstance(answer, Exception):
-            outcome.otherwise(partial(_raise, self._explained(answer, info.uri)))
+            outcome.otherwise(failed(self._explained(answer, info.uri)))
         elif isinstance(answer, BaseException):
-            outcome.otherwise(partial(_raise, answer))
+            outcome.otherwise(failed(answer))
         elif answer.whole:
             outcome.came(self._served(info, answer), answer.body)
         elif answer.status == 429 or answer.status >= 500:
-            outcome.otherwise(partial(_raise, status_error(answer.status, "", info.uri)))
+            outcome.otherwise(failed(status_error(answer.status, "", info.uri)))
         else:
             outcome.otherwise(partial(self._full, info, no_bound, None))
 
@@ -370,10 +370,6 @@ class S3Store:
             arguments["aws_secret_access_key"] = connection.secret_key
             arguments["aws_session_token"] = connection.session_token
         return arguments
-
-
-async def _raise(error: BaseException) -> NoReturn:
-    raise error
 
 
 def _whole_size(content_range: str, part: slice, info: ObjectInfo) -> int:

@@ -102,9 +102,9 @@ class _Connection(asyncio.BufferedProtocol):
         """
         assert self._transport is not None
         self._start, self._head, self._size, self._reserve, self._status = b"", None, size, reserve, status
-        self.done = done
         self.progress = self._loop.time()
         self._transport.write(request)
+        self.done = done  # last: whoever asks in vain is told once, by what that raises
 
     def abort(self) -> None:
         if self._transport is not None:

@@ -1,6 +1,6 @@
 """What reading ahead brings: cold epochs with and without it, and the time that a training loop waits for bytes.
 
-    python tests/benchmarks/lookahead.py [--objects 4000] [--rounds 3] [--workers 0,2] [--rtt 0,0.01,0.05]
+    python tests/benchmarks/lookahead.py [--objects 10000] [--rounds 3] [--workers 0,2] [--rtt 0,0.01,0.05]
         [--only cold|waiting|hints]
 
 Every run is a fresh process, contenders take turns, and requests are counted by the server. All of them decode the same
