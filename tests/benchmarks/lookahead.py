@@ -1,15 +1,16 @@
 """What reading ahead brings: cold epochs with and without it, and the time that a training loop waits for bytes.
 
     python tests/benchmarks/lookahead.py [--objects 10000] [--rounds 3] [--workers 0,2] [--rtt 0,0.01,0.05]
-        [--only cold|waiting|hints]
+        [--only cold|waiting|hints] [--slack 1.25]
 
 Every run is a fresh process, contenders take turns, and requests are counted by the server. All of them decode the same
-PNGs in the same way and get the same batches from the same seed.
+PNGs in the same way and get the same batches from the same seed. The garbage collector goes through all that torch and
+others have loaded before the clock starts: once in a process it will, and that takes as long as to fetch 1,000 objects.
 
 * Cold epochs: `DataLoader(dataset, ...)` and `dataset.loader(...)` on an empty cache, with nothing between batches.
-* Waiting: between batches the loop sleeps, as if an accelerator worked, for a quarter longer than a batch takes to
-  fetch and to decode. What it waits for the loader beyond that, in percent of the epoch, is compared with a dataset
-  that has the same bytes in memory; without workers, the seconds that the dataset itself was blocked on bytes count.
+* Waiting: between batches the loop sleeps, as if an accelerator worked, for `--slack` times as long as a batch takes to
+  fetch and to decode (1.25). What it waits for the loader beyond that, in percent of the epoch, is compared with a
+  dataset that has the same bytes in memory; without workers, the seconds that the dataset itself was blocked on bytes count.
 * Hints: what the main process spends on telling a worker which batches come next, beyond what the batches themselves
   take: drawing them in advance, packing, pickling.
 
@@ -18,8 +19,10 @@ Prints Markdown tables.
 
 import argparse
 import contextlib
+import gc
 import io
 import json
+import math
 import os
 import pickle
 import statistics
@@ -73,27 +76,33 @@ def run(name: str, options: argparse.Namespace) -> Result:
         samples = len(dataset)
         OpenedImage()(io.BytesIO(next(images(1))[1]))
         torch.manual_seed(0)
-        waited, seen = 0.0, 0
+        waits = list[tuple[float, float]]()
+        gc.collect()
         started, cpu = time.perf_counter(), time.process_time()
         batches = iter(loader)
         while True:
             asked = time.perf_counter()
             batch = next(batches, None)
-            waited += time.perf_counter() - asked
+            waits.append((asked, time.perf_counter() - asked))
             if batch is None:
                 break
-            if not seen:  # what comes before the first batch can be hidden behind nothing
-                waited, begun = 0.0, time.perf_counter()
-            seen += len(batch)
             time.sleep(options.step)
         seconds = time.perf_counter() - started
-        assert seen == samples
+        assert len(waits) == len(loader) + 1
+        first = max(1, options.workers)
         result = {"samples": samples, "seconds": seconds, "cpu": time.process_time() - cpu}
-        result |= {"waited": waited, "since_first": time.perf_counter() - begun}
+        result |= {"waited": share(waits[first:]), "under_way": share(waits[10 * first : -1])}
         if name != "in memory":
             result |= dataset.stats()
             dataset.close()
     return result
+
+
+def share(waits: list[tuple[float, float]]) -> float:
+    """What part of the time was waited, in percent."""
+    if len(waits) < 2:
+        return math.nan
+    return 100 * sum(wait for _, wait in waits) / (sum(waits[-1]) - waits[0][0])
 
 
 def in_fresh_process(name: str, arguments: list[str]) -> Result:
@@ -134,22 +143,30 @@ def cold(options: argparse.Namespace) -> None:
 
 
 def waiting(options: argparse.Namespace) -> None:
-    print(f"\nWaiting for the loader, in percent of the epoch after its first batch; {options.objects:,} PNGs\n")
-    print("| latency | workers | step | in memory | with look-ahead | points more | blocked on bytes | GETs |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    print("\nWaiting for the loader, in percent of the epoch after the first batch of each worker")
+    print(f"({options.objects:,} PNGs)\n")
+    print(
+        "| latency | workers | step | in memory | with look-ahead | points more | under way | blocked on bytes | GETs |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     for label, latency in (("10 ms", 0.010), ("10 ms, p99 50 ms", LogNormal(0.010, 0.050))):
         with serving(options, latency) as server:
             for workers in (0, 1, 4):
                 alone = in_turns(("ahead",), argparse.Namespace(**vars(options) | {"rounds": 1}), workers, 0.0, server)
-                step = 1.25 * alone["ahead"][0]["seconds"] * BATCH / options.objects
+                step = options.slack * alone["ahead"][0]["seconds"] * BATCH / options.objects
                 results = in_turns(("in memory", "ahead"), options, workers, step, server)
-                shares = {name: [100 * r["waited"] / r["since_first"] for r in runs] for name, runs in results.items()}
-                more = statistics.median(a - b for a, b in zip(shares["ahead"], shares["in memory"], strict=True))
+                shares = {name: [r["waited"] for r in runs] for name, runs in results.items()}
                 blocked = [100 * r["blocked_s"] / r["seconds"] for r in results["ahead"]]
                 gets = " ".join(sorted({f"{r['GET']:,.0f}" for r in results["ahead"]}))
                 cells = [label, workers, f"{step * 1e3:.0f} ms", *map(spread, shares.values())]
-                cells += [f"{more:+.1f}", spread(blocked), gets]
+                cells += [more(results, "waited"), more(results, "under_way"), spread(blocked), gets]
                 print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def more(results: dict[str, list[Result]], what: str) -> str:
+    """By how many points it is more than with everything in memory."""
+    points = statistics.median(a[what] - b[what] for a, b in zip(results["ahead"], results["in memory"], strict=True))
+    return f"{points:+.1f}"
 
 
 def hints(options: argparse.Namespace) -> None:
@@ -162,9 +179,9 @@ def hints(options: argparse.Namespace) -> None:
             started = time.process_time()
             sizes = [len(pickle.dumps(batch)) for batch in batches]
             rates[name].append((time.process_time() - started) / len(sizes) * 1e6)
-    more = statistics.median(a - b for a, b in zip(rates["ahead"], rates["plain"], strict=True))
-    print(f"\nHints: {more:.0f} us of CPU more per batch of {BATCH} in the main process, of {max(sizes):,} bytes; ")
-    print(f"that is {more / 1e6 * 10_000 / BATCH:.2%} of it at 10,000 samples/s (plain {spread(rates['plain'])} us)")
+    extra = statistics.median(a - b for a, b in zip(rates["ahead"], rates["plain"], strict=True))
+    print(f"\nHints: {extra:.0f} us of CPU more per batch of {BATCH} in the main process, of {max(sizes):,} bytes; ")
+    print(f"that is {extra / 1e6 * 10_000 / BATCH:.2%} of it at 10,000 samples/s (plain {spread(rates['plain'])} us)")
 
 
 def spread(values: list[float]) -> str:
@@ -191,6 +208,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", default="0,2")
     parser.add_argument("--rtt", default="0,0.01,0.05", help="round trips of the cold epochs, in seconds")
+    parser.add_argument("--slack", type=float, default=1.25, help="step between batches, in times that a batch takes")
     parser.add_argument("--step", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=["cold", "waiting", "hints"])
     parser.add_argument("--run", help=argparse.SUPPRESS)
