@@ -75,7 +75,8 @@ class StoreRecipe:
             session=self.session_factory() if self.session_factory is not None else None,
         )
 
-    def make(self, concurrency: int, retry: Retry) -> ObjectStore:
+    def make(self, concurrency: int, retry: Retry, on_lane: Callable[[str], None] | None = None) -> ObjectStore:
+        """Make the store. `on_lane` is told, for each GET that brought something, which lane it took and why."""
         if self.store is not None:
             return self.store
         return S3Store(
@@ -84,6 +85,8 @@ class StoreRecipe:
             timeout=self.settings.timeout,
             retry=retry,
             session_factory=self.session_factory,
+            lean=self.settings.lane == "auto",
+            on_lane=on_lane,
         )
 
     @property

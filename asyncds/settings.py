@@ -108,6 +108,8 @@ class Options(TypedDict):
     on_error: NotRequired[Literal["raise", "replace", "skip"]]
     max_failures: NotRequired[int | float]
     decode_threads: NotRequired[int]
+    lane: NotRequired[Literal["auto", "full"]]
+    verify_md5: NotRequired[bool]
     timeout: NotRequired[float]
     deadline: NotRequired[float]
     first_contact: NotRequired[float]
@@ -152,6 +154,13 @@ class Settings(BaseSettings):
     )
     decode_threads: int = Field(
         0, ge=0, le=256, description="threads for transforms, per process; 0: in order, in the calling thread"
+    )
+    lane: Literal["auto", "full"] = Field(
+        "auto", description="how objects are asked for: by a lean lane of ours where it can, or all by aiobotocore"
+    )
+    verify_md5: bool = Field(
+        False,
+        description="compare bodies with ETags that are an MD5: not of multipart uploads, nor under SSE-KMS or SSE-C",
     )
     timeout: float = Field(10.0, gt=0, le=3600, description="seconds without progress that end an attempt")
     deadline: float = Field(60.0, gt=0, le=86400, description="seconds for one object, with its retries")
@@ -226,8 +235,9 @@ def _warn_of_misspelt(variables: Iterable[str]) -> None:
 
 def or_close_to(name: str, known: Iterable[str]) -> str:
     """What somebody who wrote `name` may have meant, or else all that there is."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f": did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(known))}"
+    bare = {text.removeprefix("ASYNCDS_"): text for text in known}  # what all have in common makes none alike
+    close = difflib.get_close_matches(name.removeprefix("ASYNCDS_"), bare, n=1, cutoff=0.7)
+    return f": did you mean {bare[close[0]]!r}?" if close else f"; there are {', '.join(sorted(known))}"
 
 
 def _rebuild(values: dict[str, Any]) -> Settings:

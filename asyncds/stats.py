@@ -20,6 +20,11 @@ COUNTERS = (
     "misses",  # had to be waited for
     "gets",  # objects that arrived from the store
     "bytes",  # of these
+    "gets_lean",  # GETs that brought something by the lean lane: an object, or a part of a large one
+    "gets_full_off",  # by the full lane: because the lean one is switched off,
+    "gets_full_first",  # because it was the first of its bucket, from which the request is learnt,
+    "gets_full_request",  # because the request is none that the lean lane can repeat,
+    "gets_full_answer",  # or because an answer was one that only the full lane understands
     "retries",  # attempts after a first one
     "failures",  # objects that could not be had
     "replaced",  # samples that could not be had, in whose place another one was returned
@@ -63,6 +68,10 @@ class Counters:
             self._begin()
             for name, amount in amounts.items():
                 self._add(_PLACE[name], amount)
+
+    def count_lane(self, lane: str) -> None:
+        """Count a GET that brought something: by the lane `lean`, or by the full one, for the reason given."""
+        self.add(**{"gets_lean" if lane == "lean" else f"gets_full_{lane}": 1})
 
     def observe(self, seconds: float) -> None:
         """Count a request that took so long."""

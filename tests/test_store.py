@@ -12,6 +12,7 @@ import socket
 import ssl
 import time
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -262,7 +263,7 @@ async def test_odd_key_is_one_key_on_both_lanes(backend, oddity):
         for _ in range(2):
             assert await store.get(info) == (info, key.encode())
         if backend.kind != "fake":
-            assert store.lanes == {"lean": 1, "full": 1}
+            assert store.lanes == {"lean": 1, "first": 1}
 
 
 @pytest.mark.parametrize("size", [0, 1, 300_000])
@@ -312,7 +313,7 @@ async def test_second_get_of_a_bucket_takes_the_lean_lane(real):
         infos = await listed(store, real.bucket, "lane/")
         answers = await asyncio.gather(*(store.get(info) for info in infos))
         assert answers == [(info, info.key.removeprefix("lane/").encode()) for info in infos]
-        assert store.lanes == {"lean": 29, "full": 1}
+        assert store.lanes == {"lean": 29, "first": 1}
         assert repr(store) == f"<S3Store {real.endpoint}: 29 lean and 1 full GETs>"
 
 
@@ -323,7 +324,7 @@ async def test_store_can_be_used_again_after_it_was_closed(real):
             for _ in range(2):
                 assert (await store.get(ObjectInfo(real.bucket, "again")))[1] == b"x"
             await store.aclose()
-        assert store.lanes == {"lean": 2, "full": 2}
+        assert store.lanes == {"lean": 2, "first": 2}
 
 
 async def test_wrong_credentials_are_refused_where_they_are_checked(real):
@@ -361,7 +362,7 @@ async def test_session_of_the_user_brings_its_own_credentials(real, make):
     async with opened(connection, session_factory=factory) as store:
         for _ in range(2):
             assert (await store.get(ObjectInfo(real.bucket, "mine")))[1] == b"x"
-        assert store.lanes == {"lean": 1, "full": 1}
+        assert store.lanes == {"lean": 1, "first": 1}
 
 
 async def test_dates_of_a_listing_are_not_read_and_those_of_other_clients_are(s3, monkeypatch):
@@ -384,7 +385,7 @@ async def test_unsigned_requests_carry_no_credentials():
         async with opened(connection_to(server.endpoint, access_key=None, secret_key=None, unsigned=True)) as store:
             for _ in range(2):
                 assert (await store.get(ObjectInfo("b", "k")))[1] == b"x"
-            assert store.lanes == {"lean": 1, "full": 1}
+            assert store.lanes == {"lean": 1, "first": 1}
         async with opened(connection_to(closed.endpoint, access_key=None, secret_key=None, unsigned=True)) as store:
             with pytest.raises(AccessDenied):
                 await store.get(ObjectInfo("b", "k"))
@@ -491,6 +492,7 @@ def test_lean_request_is_what_a_client_would_send(style, token, learnt, key, eta
     request = template.request(key, etag, Credentials(ACCESS_KEY, SECRET_KEY, token), second["x-amz-date"])
     path, headers = parsed(request)
     assert requests[1].url.endswith(headers.pop("host") + path)
+    second.pop("host", None)  # put there by botocore itself if it signs with awscrt, and else by what sends the request
     assert headers == {name: value for name, value in second.items() if not name.startswith(NOT_COMPARED)}
 
 
@@ -533,7 +535,7 @@ async def warm(fetcher, server, lane):
     """Make the lane of the next GET the one that is asked for."""
     if lane == "lean":
         await fetcher.get(put(server, "first", b"first"))
-        assert fetcher.store.lanes == {"lean": 0, "full": 1}
+        assert fetcher.store.lanes == Counter(first=1)
     server.reset_counts()
 
 
@@ -688,7 +690,7 @@ async def test_rejected_answer_gives_its_connection_back(s3):
                 await fetcher.store.get(info)
             errors.append(caught)
         assert (await fetcher.store.get(ObjectInfo("fresh", "k")))[1] == b"x"
-        assert fetcher.store.lanes["full"] == 1
+        assert fetcher.store.lanes["first"] == 1
 
 
 @LANES

@@ -15,24 +15,26 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from asyncds.manifest import ObjectInfo
 from asyncds.store.base import Reserve
 from asyncds.store.wire import Answer, BrokenConnection, Done, Pool
 
-__all__ = ["Credentials", "LeanLane", "Template"]
+__all__ = ["Credentials", "LeanLane", "Template", "Why"]
+
+Why = Literal["off", "first", "request", "answer"]
+"""Why an object takes the full lane: the lean one is switched off; it is the first of its bucket, from which the
+request is learnt; the request is none that can be repeated; or the answer is one that only the full lane understands.
+"""
 
 _NOT_REPEATED = {"authorization", "x-amz-date", "x-amz-security-token", "if-match", "range", "host"}
 _TO_BE_UNDERSTOOD = (0, 200, 206)
 _PATIENCE = 8  # answers in a row that were not understood: two requests for each object are no way to go on
 _ALGORITHM = "AWS4-HMAC-SHA256"
-_CHECKSUMS: dict[bytes, Callable[[bytes], bytes]] = {
-    b"x-amz-checksum-crc32": lambda body: zlib.crc32(body).to_bytes(4, "big"),
-    b"x-amz-checksum-sha1": lambda body: hashlib.sha1(body, usedforsecurity=False).digest(),
-    b"x-amz-checksum-sha256": lambda body: hashlib.sha256(body).digest(),
-}
+_HEADER = b"x-amz-checksum-"
 
 
 @dataclass(frozen=True)
@@ -175,14 +177,14 @@ class LeanLane:
         self._timeout = timeout
         self._tls = tls
         self._misunderstood: Counter[str] = Counter()
-        self._templates: dict[str, Template] = {}
+        self._templates: dict[str, Template | None] = {}  # None for one that cannot be repeated
         self._pools: dict[tuple[str, int], Pool] = {}
         self._stamp = (0, "")
 
     def learn(self, bucket: str, key: str, request: Any, credentials: Credentials | None) -> None:
         """Take botocore's prepared and signed GET as the bucket's template, if it can be reproduced exactly."""
         headers = {name.lower(): _text(value) for name, value in request.headers.items()}
-        self._templates.pop(bucket, None)
+        self._templates[bucket] = None
         try:
             template = Template(request.url, key, headers)
             if template.reproduces(headers, urlsplit(request.url).path, credentials):
@@ -192,7 +194,13 @@ class LeanLane:
 
     def knows(self, bucket: str) -> bool:
         """Whether a request for an object of this bucket can be made here."""
-        return bucket in self._templates and self._misunderstood[bucket] < _PATIENCE
+        return self._templates.get(bucket) is not None and self._misunderstood[bucket] < _PATIENCE
+
+    def why_not(self, bucket: str) -> Why:
+        """What keeps objects of this bucket on the full lane."""
+        if bucket not in self._templates:
+            return "first"
+        return "request" if self._templates[bucket] is None else "answer"
 
     async def get(
         self,
@@ -204,8 +212,8 @@ class LeanLane:
         fresh: bool = False,
     ) -> Answer:
         """Send one GET, and return the answer; see `Pool.get` for errors. A body that fails its checksum is one."""
-        request = self._templates[info.bucket].request(info.key, info.etag, credentials, self._now(), part)
-        pool = self._pool(info.bucket)
+        template = self._template(info.bucket)
+        request, pool = template.request(info.key, info.etag, credentials, self._now(), part), self._pool(template)
         if part is None:
             return self.judged(info.bucket, await pool.get(request, info.size, reserve, fresh=fresh))
         return self.judged(info.bucket, await pool.get(request, part.stop - part.start, reserve, 206), part)
@@ -213,11 +221,16 @@ class LeanLane:
     def ask(self, info: ObjectInfo, credentials: Credentials | None, done: Done, until: float) -> bool:
         """As `get`, for a whole object of known size, at once or not at all; see `Pool.ask`. `done` has it judged."""
         assert info.size is not None
-        request = self._templates[info.bucket].request(info.key, info.etag, credentials, self._now())
-        return self._pool(info.bucket).ask(request, info.size, done, until)
+        template = self._template(info.bucket)
+        request = template.request(info.key, info.etag, credentials, self._now())
+        return self._pool(template).ask(request, info.size, done, until)
 
-    def _pool(self, bucket: str) -> Pool:
+    def _template(self, bucket: str) -> Template:
         template = self._templates[bucket]
+        assert template is not None  # it is known
+        return template
+
+    def _pool(self, template: Template) -> Pool:
         pool = self._pools.get(template.place)
         if pool is None:
             tls = self._tls() if template.secure else None
@@ -247,8 +260,8 @@ class LeanLane:
 
 
 def _matches_checksum(answer: Answer) -> bool:
-    """Compare the checksum that the server sent along, if it is one of a whole object that Python can compute."""
-    for name, compute in _CHECKSUMS.items():
+    """Compare the checksum that the server sent along, if it is one of a whole object that can be computed here."""
+    for name, compute in _checksums().items():
         expected = answer.headers.get(name)
         if expected is not None and b"-" not in expected:
             try:
@@ -256,6 +269,24 @@ def _matches_checksum(answer: Answer) -> bool:
             except ValueError:  # that is no base64
                 return False
     return True
+
+
+@cache
+def _checksums() -> dict[bytes, Callable[[bytes], bytes]]:
+    """What computes which header, the fastest first. Those that Python lacks come from `awscrt`, where that is there,
+    as they do for botocore."""
+    known: dict[bytes, Callable[[bytes], bytes]] = {}
+    try:
+        from awscrt import checksums
+    except ImportError:
+        pass
+    else:
+        known[_HEADER + b"crc64nvme"] = lambda body: checksums.crc64nvme(body).to_bytes(8, "big")
+        known[_HEADER + b"crc32c"] = lambda body: checksums.crc32c(body).to_bytes(4, "big")
+    known[_HEADER + b"crc32"] = lambda body: zlib.crc32(body).to_bytes(4, "big")
+    known[_HEADER + b"sha1"] = lambda body: hashlib.sha1(body, usedforsecurity=False).digest()
+    known[_HEADER + b"sha256"] = lambda body: hashlib.sha256(body).digest()
+    return known
 
 
 def _text(value: str | bytes) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
@@ -26,7 +27,7 @@ from asyncds.manifest import ObjectInfo, normalise_etag
 from asyncds.retry import Retry
 from asyncds.store.base import NoParts, Outcome, Reserve, failed, no_bound
 from asyncds.store.connection import Connection
-from asyncds.store.lean import Credentials, LeanLane
+from asyncds.store.lean import Credentials, LeanLane, Why
 from asyncds.store.translate import status_error, translate
 from asyncds.store.wire import Answer, Body, BrokenConnection
 
@@ -34,6 +35,19 @@ __all__ = ["S3Store"]
 
 _CHUNK = 1 << 20
 _FRESH_S, _STALE_S = 1.0, 60.0
+_BOTOCORES = {"botocore", "aiobotocore", "boto3", "aioboto3"}
+_EVENTS = (
+    *("provide-client-params", "before-parameter-build", "before-endpoint-resolution", "before-call"),
+    *(
+        "request-created",
+        "choose-signer",
+        "before-sign",
+        "before-send",
+        "response-received",
+        "needs-retry",
+        "after-call",
+    ),
+)
 _now_fetching: ContextVar[ObjectInfo | None] = ContextVar("_now_fetching", default=None)
 
 
@@ -44,7 +58,8 @@ class S3Store:
     belong to that loop until `aclose()`, so that it can be forked. Pickles without keys: those of the environment count
     where it is unpickled. `session_factory` is a picklable callable that returns an `aioboto3.Session`
     or an aiobotocore session, which then brings the credentials. Listing and `head` are retried by `retry`; `get` is
-    one attempt. `lanes` counts the objects that each lane brought.
+    one attempt. `lanes` counts the GETs that brought something, by lane: "lean", or why it was the full one (`Why`);
+    `on_lane` is told of each. With `lean=False` all take the full lane.
     """
 
     def __init__(
@@ -55,10 +70,14 @@ class S3Store:
         timeout: float,
         retry: Retry,
         session_factory: Callable[[], Any] | None = None,
+        lean: bool = True,
+        on_lane: Callable[[str], None] | None = None,
     ) -> None:
         self.connection = connection
         self._endpoint = connection.identity
-        self.lanes = {"lean": 0, "full": 0}
+        self.lanes = Counter[str]()
+        self._may_be_lean = lean
+        self._on_lane = on_lane
         self._loop: asyncio.AbstractEventLoop | None = None
         self._concurrency = concurrency
         self._timeout = timeout
@@ -74,10 +93,11 @@ class S3Store:
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = (self._concurrency, self._timeout, replace(self._retry, on_retry=None), self._session_factory)
-        return _rebuild, (self.connection, *options)
+        return _rebuild, (self.connection, *options, self._may_be_lean)
 
     def __repr__(self) -> str:
-        return f"<S3Store {self.endpoint}: {self.lanes['lean']} lean and {self.lanes['full']} full GETs>"
+        lean = self.lanes["lean"]
+        return f"<S3Store {self.endpoint}: {lean} lean and {self.lanes.total() - lean} full GETs>"
 
     @property
     def endpoint(self) -> str:
@@ -113,9 +133,8 @@ class S3Store:
         await self._turn_to_learn(info.bucket)
         if self._lane is not None and self._lane.knows(info.bucket):
             answer = await self._lean(self._lane, info, reserve, part)
-            if answer is not None:
-                return answer
-        return await self._full(info, reserve, part)
+            return answer or await self._full(info, reserve, part, "answer")
+        return await self._full(info, reserve, part, self._why_full(info.bucket))
 
     def ask(self, info: ObjectInfo, outcome: Outcome, until: float) -> bool:
         """Make one attempt to read an object of known size without a task, if that can be done at once.
@@ -152,6 +171,16 @@ class S3Store:
 
     # the two lanes
 
+    def _why_full(self, bucket: str) -> Why:
+        if not self._may_be_lean:
+            return "off"
+        return "request" if self._lane is None else self._lane.why_not(bucket)
+
+    def _count(self, lane: str) -> None:
+        self.lanes[lane] += 1
+        if self._on_lane is not None:
+            self._on_lane(lane)
+
     async def _lean(
         self, lane: LeanLane, info: ObjectInfo, reserve: Reserve, part: slice | None, *, fresh: bool = False
     ) -> tuple[ObjectInfo, bytes] | None:
@@ -168,7 +197,7 @@ class S3Store:
 
     def _served(self, info: ObjectInfo, answer: Answer, part: slice | None = None) -> ObjectInfo:
         """What a whole answer says that it carries."""
-        self.lanes["lean"] += 1
+        self._count("lean")
         size = len(answer.body)
         if part is not None:
             size = _whole_size(answer.headers.get(b"content-range", b"").decode("latin-1"), part, info)
@@ -178,7 +207,8 @@ class S3Store:
 
     async def _again(self, lane: LeanLane, info: ObjectInfo) -> tuple[ObjectInfo, bytes]:
         """The same attempt, on a connection that nobody has used."""
-        return await self._lean(lane, info, no_bound, None, fresh=True) or await self._full(info, no_bound, None)
+        answer = await self._lean(lane, info, no_bound, None, fresh=True)
+        return answer or await self._full(info, no_bound, None, "answer")
 
     def _answered(self, lane: LeanLane, info: ObjectInfo, outcome: Outcome, answer: Answer | BaseException) -> None:
         if not isinstance(answer, BaseException):
@@ -197,9 +227,9 @@ class S3Store:
         elif answer.status == 429 or answer.status >= 500:
             outcome.otherwise(failed(status_error(answer.status, "", info.uri)))
         else:
-            outcome.otherwise(partial(self._full, info, no_bound, None))
+            outcome.otherwise(partial(self._full, info, no_bound, None, "answer"))
 
-    async def _full(self, info: ObjectInfo, reserve: Reserve, part: slice | None) -> tuple[ObjectInfo, bytes]:
+    async def _full(self, info: ObjectInfo, reserve: Reserve, part: slice | None, why: Why) -> tuple[ObjectInfo, bytes]:
         arguments = {"Bucket": info.bucket, "Key": info.key}
         if info.etag is not None:
             arguments["IfMatch"] = f'"{info.etag}"'
@@ -225,7 +255,7 @@ class S3Store:
         finally:
             _now_fetching.reset(reset)
             self._let_others_go(info.bucket)
-        self.lanes["full"] += 1
+        self._count(why)
         return ObjectInfo(info.bucket, info.key, len(body) if part is None else size, served), body
 
     async def _read(self, stream: Any, info: ObjectInfo, answer: dict[str, Any], reserve: Reserve) -> bytes:
@@ -331,7 +361,7 @@ class S3Store:
         self._context = context
         _guard(client)
         _leave_dates_alone(client)
-        self._lane = _lean_lane(client, self._timeout)
+        self._lane = _lean_lane(client, self._timeout) if self._may_be_lean else None
         client.meta.events.register("before-send.s3.GetObject", self._learn)
         if self.connection.endpoint is not None:
             client.meta.events.register_first("needs-retry.s3", _refuse_wrong_region)
@@ -390,9 +420,21 @@ def _loader(data_path: str | None) -> Any:
 
 
 def _rebuild(
-    connection: Connection, concurrency: int, timeout: float, retry: Retry, session_factory: Callable[[], Any] | None
+    connection: Connection,
+    concurrency: int,
+    timeout: float,
+    retry: Retry,
+    session_factory: Callable[[], Any] | None,
+    lean: bool,
 ) -> S3Store:
-    return S3Store(connection, concurrency=concurrency, timeout=timeout, retry=retry, session_factory=session_factory)
+    return S3Store(
+        connection,
+        concurrency=concurrency,
+        timeout=timeout,
+        retry=retry,
+        session_factory=session_factory,
+        lean=lean,
+    )
 
 
 def _region_of(session: Any) -> str | None:
@@ -412,12 +454,31 @@ def _leave_dates_alone(client: Any) -> None:
 
 def _lean_lane(client: Any, timeout: float) -> LeanLane | None:
     """A lane that trusts whom the client trusts, or None where the client goes out in a way it does not know."""
+    if _has_foreign_handlers(client):
+        return None
     config, verify = client.meta.config, getattr(client._endpoint.http_session, "_verify", None)
     if config.proxies or get_environ_proxies(client.meta.endpoint_url) or config.client_cert:
         return None
     if verify is not True and not isinstance(verify, str):
         return None
     return LeanLane(timeout=timeout, tls=lambda: ssl.create_default_context(cafile=get_cert_path(verify)))
+
+
+def _has_foreign_handlers(client: Any) -> bool:
+    """Whether somebody has a say in a GET whom botocore does not bring along: what he does to each is not repeated."""
+    emitter = getattr(client.meta.events, "_emitter", client.meta.events)
+    handlers = getattr(emitter, "_handlers", None)
+    if handlers is None:
+        return True
+    found = [handler for event in _EVENTS for handler in handlers.prefix_search(f"{event}.s3.GetObject")]
+    return any(_home(handler) not in _BOTOCORES for handler in found)
+
+
+def _home(handler: Any) -> str:
+    """The package of a handler; a bound method's is that of its class."""
+    function = getattr(handler, "func", handler)  # of a partial
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return str(module).partition(".")[0]
 
 
 def _guard(client: Any) -> None:

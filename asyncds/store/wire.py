@@ -6,9 +6,11 @@ to the next request.
 """
 
 import asyncio
+import contextlib
 import io
 import logging
 import math
+import socket
 import ssl
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +26,7 @@ _LONGEST_HEAD = 64 << 10
 _FIRST_PIECE = 8 << 10
 _BUFFER = 256 << 10
 _IDLE_S = 10.0
+_RESOLVED_S = 10.0
 _REPEATABLE = {b"vary", b"set-cookie", b"via", b"warning", b"link", b"server", b"cache-control"}
 
 
@@ -216,8 +219,53 @@ def _length(headers: dict[bytes, bytes]) -> int | None:
     return int(text) if text.isdigit() and len(text) < 19 and b"transfer-encoding" not in headers else None
 
 
+class _Addresses:
+    """What a host's name stands for: asked anew every ten seconds at most, each address in its turn.
+
+    A name of S3 stands for several servers, and for others a minute later; whoever asks for each connection anew gets a
+    thread and a wait for each. Lives on one event loop.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host = host
+        self._port = port
+        self._known: deque[str] = deque()
+        self._asked = -math.inf
+        self._asking: asyncio.Task[None] | None = None
+
+    async def next(self) -> list[str]:
+        """All addresses, the one whose turn it is first. Raises `OSError` where the name stands for nothing."""
+        loop = asyncio.get_running_loop()
+        if not self._known or loop.time() - self._asked > _RESOLVED_S:
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.create_task(self._ask())
+                self._asking.add_done_callback(lambda task: task.cancelled() or task.exception())  # whoever still waits
+            if not self._known:
+                await asyncio.shield(self._asking)
+        self._known.rotate(-1)
+        return list(self._known)
+
+    def drop(self, address: str) -> None:
+        """Leave out an address that cannot be reached, until the name is asked for again."""
+        with contextlib.suppress(ValueError):
+            self._known.remove(address)
+
+    async def _ask(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._asked = loop.time()
+        try:
+            found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        except OSError:
+            if not self._known:
+                raise
+        else:
+            self._known = deque(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
 class Pool:
     """Connections to one place, opened as demand grows and closed when they were idle for 10 s.
+
+    They are shared out over the addresses of the host.
 
     How many there are is bounded by how many requests its user has in flight. Lives on one event loop.
     """
@@ -227,6 +275,7 @@ class Pool:
         self._port = port
         self._timeout = timeout
         self._tls = tls
+        self._addresses = _Addresses(host, port)
         self._buffer = memoryview(bytearray(_BUFFER))
         self._idle: deque[_Connection] = deque()
         self._busy: set[_Connection] = set()
@@ -299,15 +348,22 @@ class Pool:
         return None
 
     async def _opened(self) -> _Connection:
-        loop = asyncio.get_running_loop()
-        name = self._host if self._tls is not None else None
         try:
             async with asyncio.timeout(self._timeout):
-                _, connection = await loop.create_connection(
-                    lambda: _Connection(self, self._buffer), self._host, self._port, ssl=self._tls, server_hostname=name
-                )
+                addresses = await self._addresses.next()
+                for address in addresses[:-1]:
+                    with contextlib.suppress(OSError):
+                        return await self._connected(address)
+                    self._addresses.drop(address)
+                return await self._connected(addresses[-1])
         except OSError as error:
             raise NoConnection(f"{self._host}:{self._port}") from error
+
+    async def _connected(self, address: str) -> _Connection:
+        name = self._host if self._tls is not None else None
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: _Connection(self, self._buffer), address, self._port, ssl=self._tls, server_hostname=name
+        )
         return connection
 
     def _watch_over(self) -> None:

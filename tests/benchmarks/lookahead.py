@@ -10,7 +10,8 @@ others have loaded before the clock starts: once in a process it will, and that 
 * Cold epochs: `DataLoader(dataset, ...)` and `dataset.loader(...)` on an empty cache, with nothing between batches.
 * Waiting: between batches the loop sleeps, as if an accelerator worked, for `--slack` times as long as a batch takes to
   fetch and to decode (1.25). What it waits for the loader beyond that, in percent of the epoch, is compared with a
-  dataset that has the same bytes in memory; without workers, the seconds that the dataset itself was blocked on bytes count.
+  dataset that has the same bytes in memory; without workers, the seconds that the dataset itself was blocked on bytes
+  count.
 * Hints: what the main process spends on telling a worker which batches come next, beyond what the batches themselves
   take: drawing them in advance, packing, pickling.
 
