@@ -47,13 +47,16 @@ class Credentials:
 
 
 class _Shape(NamedTuple):
-    """A request and its canonical form, with `%s` in the place of the path, of the ETag if any, and of the signature.
+    """A request and its canonical form, with `%s` in the place of the path, of the ETag if any, and of the signature;
+    and what signs: the text to sign up to the hash of the canonical form, and the key of the day.
 
     The canonical form is None if requests are not signed.
     """
 
     request: str
-    canonical: str | None
+    canonical: str | None = None
+    to_sign: str = ""
+    key: bytes = b""
 
     def __repr__(self) -> str:  # a session token is in it
         return "<_Shape>"
@@ -99,15 +102,16 @@ class Template:
         tagged = etag is not None and etag.isascii() and etag.isprintable()  # a shortcut: the answer's ETag is compared
         fill = (path, f'"{etag}"') if tagged else (path,)
         shape = self._shape(stamp, credentials, tagged, part)
-        if shape.canonical is not None and credentials is not None:
-            fill = *fill, self._signature(shape.canonical % fill, stamp, credentials)
+        if shape.canonical is not None:
+            fill = *fill, _signature(shape.canonical % fill, shape.to_sign, shape.key)
         return (shape.request % fill).encode()
 
     def _shape(self, stamp: str, credentials: Credentials | None, tagged: bool, part: slice | None) -> "_Shape":
         """What all requests of the same second have in common."""
         if part is not None:
             return self._shaped(stamp, credentials, tagged, part)
-        if self._shapes_of != (stamp, credentials):
+        last_stamp, last_credentials = self._shapes_of
+        if stamp != last_stamp or credentials is not last_credentials:
             self._shapes_of, self._shapes = (stamp, credentials), {}
         shape = self._shapes.get(tagged)
         if shape is None:
@@ -115,7 +119,7 @@ class Template:
         return shape
 
     def _shaped(self, stamp: str, credentials: Credentials | None, tagged: bool, part: slice | None) -> "_Shape":
-        headers, canonical = dict(self._constant), None
+        headers, signing = dict(self._constant), dict[str, Any]()
         if part is not None:
             headers["range"] = f"bytes={part.start}-{part.stop - 1}"
         if self._signs and credentials is not None:
@@ -127,11 +131,13 @@ class Template:
             headers = {"if-match": "%s"} | headers
         if self._signs and credentials is not None:
             names, canonical = self._canonical("%s", headers)
+            key = self._key_of_the_day(stamp[:8], credentials)
+            signing = {"canonical": canonical, "to_sign": self._to_sign(stamp), "key": key}
             scope = f"{credentials.access_key}/{self._scope(stamp)}".replace("%", "%%")
             headers["authorization"] = f"{_ALGORITHM} Credential={scope}, SignedHeaders={names}, Signature=%s"
         headers |= {"host": self._host, "user-agent": self._agent.replace("%", "%%"), "accept-encoding": "identity"}
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        return _Shape(f"GET %s HTTP/1.1\r\n{lines}\r\n", canonical)
+        return _Shape(f"GET %s HTTP/1.1\r\n{lines}\r\n", **signing)
 
     def _canonical(self, path: str, headers: dict[str, str]) -> tuple[str, str]:
         """The names of the signed headers, and the canonical request of a GET with these headers."""
@@ -140,10 +146,8 @@ class Template:
         lines = "".join(f"{name}:{value}\n" for name, value in signed)
         return names, f"GET\n{path}\n\n{lines}\n{names}\n{headers['x-amz-content-sha256']}"
 
-    def _signature(self, canonical: str, stamp: str, credentials: Credentials) -> str:
-        hashed = hashlib.sha256(canonical.encode()).hexdigest()
-        text = f"{_ALGORITHM}\n{stamp}\n{self._scope(stamp)}\n{hashed}"
-        return hmac.digest(self._key_of_the_day(stamp[:8], credentials), text.encode(), "sha256").hex()
+    def _to_sign(self, stamp: str) -> str:
+        return f"{_ALGORITHM}\n{stamp}\n{self._scope(stamp)}\n"
 
     def _scope(self, stamp: str) -> str:
         return f"{stamp[:8]}/{self._region}/{self._service}/aws4_request"
@@ -166,8 +170,14 @@ class Template:
         names = theirs.partition("SignedHeaders=")[2].partition(",")[0].split(";")
         signed = {name: headers[name] for name in names if name != "host"}
         ours, canonical = self._canonical(path, signed)
-        signature = self._signature(canonical, headers["x-amz-date"], credentials)
+        stamp = headers["x-amz-date"]
+        signature = _signature(canonical, self._to_sign(stamp), self._key_of_the_day(stamp[:8], credentials))
         return ours == ";".join(names) and theirs.endswith(f"Signature={signature}")
+
+
+def _signature(canonical: str, to_sign: str, key: bytes) -> str:
+    hashed = hashlib.sha256(canonical.encode()).hexdigest()
+    return hmac.digest(key, (to_sign + hashed).encode(), "sha256").hex()
 
 
 class LeanLane:

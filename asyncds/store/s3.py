@@ -300,6 +300,8 @@ class S3Store:
         if provider is not None:
             frozen = await provider.get_frozen_credentials()
             found = Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+        if self._fresh is not None and found == self._fresh[0]:
+            found = self._fresh[0]  # the same object: nothing has to be prepared anew
         self._fresh = found, asyncio.get_running_loop().time()
         return found
 

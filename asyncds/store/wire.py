@@ -209,8 +209,9 @@ def _parsed(head: bytes) -> tuple[int, dict[bytes, bytes]] | None:
     for line in lines:
         name, colon, value = line.partition(b":")
         name, value = name.lower(), value.strip()
-        if not colon or (headers.setdefault(name, value) != value and name not in _REPEATABLE):
+        if not colon or (name in headers and headers[name] != value and name not in _REPEATABLE):
             return None
+        headers[name] = value
     return int(first[9:12]), headers
 
 
