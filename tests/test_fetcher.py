@@ -615,6 +615,22 @@ async def test_closing_waits_for_what_is_being_written(tmp_path):
     assert resident(cache, store.endpoint, infos_of(store)) == [True]
 
 
+async def test_closing_that_is_cancelled_gives_everything_back_all_the_same(tmp_path, monkeypatch):
+    class Reluctant(FakeStore):
+        async def aclose(self):
+            await asyncio.Event().wait()
+
+    closed = asyncio.Event()
+    close = Cache.close
+    monkeypatch.setattr(Cache, "close", lambda self: (close(self), closed.set()))
+    fetcher = Fetcher.open(store=Reluctant({("b", "k"): b"x"}), cache_dir=tmp_path)
+    await fetcher.get(ObjectInfo("b", "k"))
+    closing = asyncio.create_task(fetcher.aclose())
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(closing, 0.2)
+    assert closed.is_set()
+
+
 async def test_store_without_aclose_is_fine():
     class Bare(FakeStore):
         aclose = None

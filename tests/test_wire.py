@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import ssl
 import tracemalloc
 from contextlib import asynccontextmanager
@@ -225,3 +226,32 @@ def test_idle_connections_keep_nothing_of_what_they_brought(factory, size):
                 tracemalloc.stop()
 
     run(factory, main)
+
+
+async def test_request_that_cannot_be_written_is_told_once_by_what_that_raises(monkeypatch):
+    async def handle(writer):
+        writer.write(head(2) + b"ok")
+
+    async with pool_on(handle) as pool:
+        await pool.get(b"GET\r\n\r\n", 2, at_once)
+        (connection,) = pool._idle
+        monkeypatch.setattr(connection, "_transport", Unwritable(connection._transport))
+        told = []
+        with pytest.raises(OSError, match="no buffer"):
+            pool.ask(b"GET\r\n\r\n", 2, told.append, math.inf)
+        connection.abort()
+        await asyncio.sleep(0)
+        assert told == []
+
+
+class Unwritable:
+    """A transport whose `write` fails."""
+
+    def __init__(self, transport):
+        self._transport = transport
+
+    def __getattr__(self, name):
+        return getattr(self._transport, name)
+
+    def write(self, data):
+        raise OSError("no buffer space")

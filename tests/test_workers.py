@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import os
 import pickle
@@ -534,3 +535,18 @@ def test_epoch_over_a_cache_that_is_only_read(bucket, method):
     assert bucket.stats.requests["GET"] == len(IN_ORDER) // 2 == stats["uncached"]
     if method != "spawn":  # whose pickle may outlive the dataset, so that it stays until the process ends
         assert not place.parent.parent.exists(), "what the run shared is gone with it"
+
+
+class Frozen:
+    """How many objects the garbage collector leaves alone in the process that transforms."""
+
+    def __call__(self, object: S3Reader) -> int:
+        return gc.get_freeze_count()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_collector_leaves_alone_what_a_worker_has_inherited_and_only_there(bucket, workers):
+    with CachedS3MapDataset.from_prefix(PREFIX, transform=Frozen()) as dataset:
+        counts = torch.cat([*dataset.loader(30, num_workers=workers)])
+    assert (counts.min() > 10_000) == (workers > 0)
+    assert counts.max() == 0 or workers
