@@ -81,6 +81,8 @@ class CachedS3MapDataset(ReadsAhead):
     """
 
     def __init__(self, parts: Sequence[Part], rows: NDArray[np.int64] | None = None) -> None:
+        if isinstance(parts, str):
+            raise ConfigurationError("use CachedS3MapDataset.from_prefix(uri), from_objects, from_csv or from_manifest")
         self._parts = tuple(parts)
         self._rows = rows
         self._horizon = Horizon()
@@ -234,7 +236,7 @@ class CachedS3MapDataset(ReadsAhead):
             try:
                 samples.append(sample())
             except Exception as error:
-                samples += self._instead(operator.index(index), self._parts[owner].source, error)
+                samples += self._instead(operator.index(index) % len(self), self._parts[owner].source, error)
         for batch in batches.values():
             batch.settle()
         if not samples and len(indices):
@@ -245,20 +247,27 @@ class CachedS3MapDataset(ReadsAhead):
         """What is returned in the place of a sample that failed; raises the error where that is asked for."""
         if source.settings.on_error == "raise" or isinstance(error, DatasetClosed | CacheError):
             raise error
-        source.note_failure(error, len(self))
+        source.note_failure(error, self._info(index), len(self))
         if source.settings.on_error == "skip":
             source.counters.add(skipped=1)
             return []
         # Which one depends on the index alone: the same in every run, with any number of workers.
         for other in np.random.default_rng(index).integers(0, len(self), _SUBSTITUTES).tolist():
+            if other == index:
+                continue
             try:
                 sample = self[other]
             except Exception as again:
-                source.note_failure(again, len(self))
+                source.note_failure(again, self._info(other), len(self))
             else:
                 source.counters.add(replaced=1)
                 return [sample]
         raise error
+
+    def _info(self, index: int) -> ObjectInfo:
+        (owner,), rows = self._owned(self._checked([index]))
+        found: list[ObjectInfo] = self._parts[owner].source.manifest.rows(rows)
+        return found[0]
 
     def _look_ahead(self, batch: Batch) -> None:
         """Have the next batches brought, as far as this process has not heard of them."""
@@ -434,7 +443,7 @@ class CachedS3MapDataset(ReadsAhead):
         return sums | percentiles([source.latencies() for source in self._sources()])
 
     def failures(self) -> list[str]:
-        """One line for each failure that `on_error` has let pass: the object, and what was wrong; of all workers."""
+        """One line for each object whose failure `on_error` has let pass: which, and what was wrong; of all workers."""
         return [line for source in self._sources() for line in source.failures()]
 
     def close(self) -> None:

@@ -271,6 +271,8 @@ class Fetcher:
 
         Raises what `asyncds.errors` lists under `StoreError`; `DatasetClosed` when the fetcher is closed meanwhile.
         """
+        if not isinstance(info, ObjectInfo):
+            raise ConfigurationError(f"{info!r:.80} names no object: write ObjectInfo(bucket, key)")
         (info,), (found,) = self._lookup([info])
         return found if found is not None else await asyncio.shield(self.start(info).arrived)
 

@@ -55,6 +55,8 @@ def loader(
     if flat is None and _wraps_one(dataset) and _passes_on(dataset):
         flat = dataset
     options |= {"num_workers": num_workers, "generator": generator}
+    if isinstance(sampler, LookaheadBatchSampler):
+        raise ConfigurationError("a LookaheadBatchSampler yields batches: give it as batch_sampler=")
     if flat is None or batch_size is None:
         if flat is None:
             _warn_or_refuse(dataset)
@@ -73,6 +75,7 @@ def loader(
         if sampler is None:
             sampler = RandomSampler(flat, generator=generator) if shuffle else SequentialSampler(flat)
         ahead = LookaheadBatchSampler(sampler, batch_size, drop_last, depth=depth)
+    ahead.sent_in_advance = num_workers > 0 and not stateful
     made = make(flat, batch_sampler=ahead, **options)
     # It has no place for the sampler of a batch sampler, but Lightning, which shards loaders, looks for it there.
     object.__setattr__(made, "sampler", getattr(ahead, "sampler", made.sampler))

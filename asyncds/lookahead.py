@@ -49,7 +49,7 @@ class _Position:
     def __init__(self, resumed: dict[str, Any] | None) -> None:
         self.start = resumed
         self.yielded = 0 if resumed is None else resumed["batches"]
-        self.ended = False
+        self.begun = self.ended = False
 
 
 class Batch(list[Any]):
@@ -142,7 +142,8 @@ class LookaheadBatchSampler(BatchSampler):
     `state_dict()` tells where an iteration is, and `load_state_dict` lets the next one begin there. The state is the
     position, and the state of the random generators when the epoch began, from which the order is drawn again: exact
     for torch's samplers, and for others that draw from torch's global generator when they begin, or from a `generator`
-    of their own. It does not depend on the number of workers.
+    of their own. It does not depend on the number of workers. `sent_in_advance` says that these are sent batches before
+    they are delivered, by a loader without a state of its own: then `state_dict` has to be told how many were.
 
     Where a `DistributedSampler` shares a dataset out among all ranks of a job, an epoch begins with a look at whether
     they have the same one, and raises `ConfigurationError` otherwise.
@@ -167,6 +168,7 @@ class LookaheadBatchSampler(BatchSampler):
         self.depth = depth
         self._resumed: dict[str, Any] | None = None
         self._position = _Position(None)
+        self.sent_in_advance = False
         self._count()
 
     def _count(self) -> None:
@@ -228,7 +230,7 @@ class LookaheadBatchSampler(BatchSampler):
                 position.ended = True
                 return
             batch, _ = coming.popleft()
-            position.yielded = number + 1
+            position.begun, position.yielded = True, number + 1
             yield Batch.of(batch, source, source.number, number, shared, [packed for _, packed in coming])
 
     def _begun(self, position: _Position) -> Iterator[Any]:
@@ -280,7 +282,12 @@ class LookaheadBatchSampler(BatchSampler):
         position = self._position
         if position.ended and batches_done in (None, position.yielded):  # the next epoch, which has not begun
             return {**self._here(), "random": None, "epoch": None}
-        if batches_done is not None and not 0 <= batches_done <= position.yielded:
+        if batches_done is None and position.begun and self.sent_in_advance:
+            raise ConfigurationError(
+                "state_dict() needs batches_done= here: workers are sent batches in advance, so say how many of this "
+                "epoch training has had, or make the loader with stateful=True"
+            )
+        if batches_done is not None and not (isinstance(batches_done, int) and 0 <= batches_done <= position.yielded):
             raise ConfigurationError(f"batches_done={batches_done}: of this epoch {position.yielded} were taken so far")
         start = position.start if position.start is not None else {**self._here(), "random": None}
         return {**start, "batches": position.yielded if batches_done is None else batches_done}

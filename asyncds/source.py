@@ -18,6 +18,7 @@ from multiprocessing import util
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
+from urllib.parse import quote
 from uuid import uuid4
 
 from asyncds.cache import Cache, largest_that_fits
@@ -349,24 +350,35 @@ class Source:
         runtime.portal.post(_serve, runtime.fetcher, infos, arrivals)
         return arrivals
 
-    def note_failure(self, error: Exception, samples: int) -> None:
-        """Write a failure down that is let pass, and warn once; raise it where there were too many in this run."""
-        limit = self.settings.max_failures
+    def note_failure(self, error: Exception, info: ObjectInfo, samples: int) -> None:
+        """Write down that a failure of this object is let pass, and warn once; raise it where too many objects of so
+        many samples have failed in this run."""
+        limit, name = self.settings.max_failures, quote(info.uri, safe="/:")
         allowed = int(limit * samples) if isinstance(limit, float) else limit
         text = "; ".join(" ".join(f"{part}".split()) for part in (error, *getattr(error, "__notes__", ())))
-        with contextlib.suppress(OSError), open(_private_file(self._failures), "a", encoding="utf-8") as file:
-            file.write(f"{type(error).__name__}: {text}\n")
-        if len(self.failures()) > allowed:
-            error.add_note(f"more than max_failures={limit} samples have failed in this run")
+        failed = self._failed()
+        if name not in failed:
+            with contextlib.suppress(OSError), open(_private_file(self._failures), "a", encoding="utf-8") as file:
+                file.write(f"{name}\t{type(error).__name__}: {text}\n")
+        if len(failed | {name: ""}) > allowed:
+            of = "" if limit == allowed else f", that is {allowed} of {samples:,}"
+            error.add_note(f"more objects than max_failures={limit}{of} have failed in this run")
             raise error
         self.cache.say_once("failure", f"a sample was left out or replaced, as on_error says ({text})")
 
     def failures(self) -> list[str]:
-        """One line for each failure that was let pass in this run."""
+        """One line for each object whose failure was let pass in this run: what was wrong for the first time."""
+        return list(self._failed().values())
+
+    def _failed(self) -> dict[str, str]:
         try:
-            return self._failures.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = self._failures.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
-            return []
+            return {}
+        failed: dict[str, str] = {}
+        for name, _, text in (line.partition("\t") for line in lines):
+            failed.setdefault(name, text)  # of two workers at once, the first
+        return failed
 
     def prefetch(self, infos: Sequence[ObjectInfo], group: int, *, alone: bool) -> None:
         """Bring what is not cached of these objects, after all that is waited for.

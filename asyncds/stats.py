@@ -17,7 +17,7 @@ __all__ = ["COUNTERS", "Counters", "percentiles"]
 COUNTERS = (
     "samples",  # returned to the loader
     "hits",  # found in the cache
-    "misses",  # had to be waited for
+    "misses",  # not found there: on their way, or to be sent for
     "gets",  # objects that arrived from the store
     "bytes",  # of these
     "gets_lean",  # GETs that brought something by the lean lane: an object, or a part of a large one
@@ -26,11 +26,11 @@ COUNTERS = (
     "gets_full_request",  # because the request is none that the lean lane can repeat,
     "gets_full_answer",  # or because an answer was one that only the full lane understands
     "retries",  # attempts after a first one
-    "failures",  # objects that could not be had
+    "failures",  # objects that the store could not be made to give, each time they were asked for
     "replaced",  # samples that could not be had, in whose place another one was returned
     "skipped",  # samples that could not be had, and were left out
     "uncached",  # objects that the cache did not take
-    "prefetch_hits",  # samples whose bytes had arrived in advance when they were asked for
+    "prefetch_hits",  # hits and misses whose bytes had arrived in advance when they were asked for
     "blocked_s",  # seconds in which a caller waited for bytes
     "transform_s",  # seconds in transforms
 )

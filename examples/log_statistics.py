@@ -25,10 +25,16 @@ def read(epochs: int, workers: int, folder: str) -> None:
     with SummaryWriter(folder) as writer:
         for epoch in range(1, epochs + 1):
             started = time.perf_counter()
+            before = dataset.stats()
             samples = sum(len(batch) for batch in loader)
-            for name, value in dataset.stats().items():  # in Lightning: self.log_dict(dataset.stats())
+            for name, value in of_epoch(before, dataset.stats()).items():  # in Lightning: self.log_dict(of_epoch(...))
                 writer.add_scalar(f"asyncds/{name}", value, epoch)
             print(f"epoch {epoch}: {samples / (time.perf_counter() - started):,.0f} images/s; {dataset}", flush=True)
+
+
+def of_epoch(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """What the counters, which run as long as the dataset lives, grew by; latencies are of all requests so far."""
+    return {name: value - (0 if name.startswith("latency") else before[name]) for name, value in after.items()}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import warnings
 import pytest
 from torch.utils.data import DataLoader
 
-from asyncds import CachedS3MapDataset, ImageTransform
+from asyncds import CachedS3MapDataset, Fetcher, ImageTransform
 from asyncds.errors import (
     AccessDenied,
     AsyncdsError,
@@ -20,7 +20,7 @@ from asyncds.errors import (
     EndpointUnreachable,
     ObjectNotFound,
 )
-from asyncds.testing import Fault, S3Server, local_s3
+from asyncds.testing import FakeStore, Fault, S3Server, local_s3
 
 # Python 3.12 warns of every fork beside a thread, and the dataset's loop is one.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
@@ -427,3 +427,14 @@ def test_manifest_that_is_none(tmp_path, content):
 def test_sum_with_what_is_no_dataset():
     with CachedS3MapDataset.from_prefix("s3://mnist/train") as dataset, pytest.raises(ConfigurationError, match="int"):
         dataset + 1
+
+
+def test_constructor_that_is_called_with_a_uri_names_the_ones_that_take_it():
+    with pytest.raises(ConfigurationError, match=r"use CachedS3MapDataset\.from_prefix"):
+        CachedS3MapDataset("s3://mnist/train/")
+
+
+async def test_uri_is_no_object_for_a_fetcher(tmp_path):
+    async with Fetcher.open(store=FakeStore(), cache_dir=tmp_path) as fetcher:
+        with pytest.raises(ConfigurationError, match=r"write ObjectInfo\(bucket, key\)"):
+            await fetcher.get("s3://mnist/train/1")

@@ -121,8 +121,8 @@ def test_statistics_are_logged_for_each_epoch(dotenv, tmp_path):
     assert "1,437 samples" in lines[1]
     events = EventAccumulator(str(tmp_path / "runs")).Reload()
     logged = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert logged["asyncds/gets"] == [1437, 1437]
-    assert logged["asyncds/hits"][1] - logged["asyncds/hits"][0] == 1437
+    assert (logged["asyncds/gets"], logged["asyncds/samples"]) == ([1437, 0], [1437, 1437])
+    assert logged["asyncds/hits"][1] == 1437
     assert 0 < logged["asyncds/prefetch_hits"][0] <= 1437
     assert logged.keys() >= {f"asyncds/{name}" for name in (*COUNTERS, "latency_p99_s")}
 
@@ -133,12 +133,14 @@ def test_code_of_the_readme_feeds_a_loader(monkeypatch, s3, png):
     for name, ending in (("mnist", "png"), ("imagenet", "JPEG")):
         s3.put_many(name, {f"train/{number % 2}/{number:02}.{ending}": png(number) for number in range(20)})
     blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, Any] = {}
     for block in blocks[:2]:
         exec(block, names)
     images, labels = next(iter(names["loader"]))
     assert (images.shape, sorted(set(labels.tolist()))) == ((20, 3, 28, 28), [0, 1])
+    exec(blocks[2], names)
+    assert (names["state"]["batches"], len([*names["again"]])) == (0, 1), "that batch was the whole epoch"
     for dataset, size in ((names["train"], 18), (names["held_out"], 2)):
         images, _ = next(iter(DataLoader(dataset, 20)))
         assert images.shape == (size, 3, 224, 224)
@@ -148,7 +150,7 @@ def test_asynchronous_code_of_the_readme_gets_all_bytes(s3, capsys):
     s3.create_bucket("mnist")
     objects = {f"train/{number:02}.bin": bytes(number) for number in range(30)}
     s3.put_many("mnist", objects)
-    block = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)[2]
+    block = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL)[3]
     gets = []
     for _ in range(2):
         exec(block, {})

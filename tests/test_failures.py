@@ -75,6 +75,7 @@ def test_bad_samples_do_not_end_an_epoch_and_are_counted_and_named(bucket, on_er
     counted = {"replace": "replaced", "skip": "skipped"}[on_error]
     assert (stats[counted], stats["replaced"] + stats["skipped"]) == (8, 8)
     assert {KEYS[n] for n in bad} == {key for key in KEYS if any(key in line for line in failures)}
+    assert len(failures) == len(bad), "each object once, in however many epochs it failed"
     assert any(line.startswith("ValueError: not an image; while transforming s3://mnist/") for line in failures)
 
 
@@ -85,6 +86,24 @@ def test_the_first_failure_of_a_run_is_told_once(bucket, on_error):
             dataset.__getitems__(range(10))
         with warnings.catch_warnings(action="error"):
             dataset.__getitems__(range(60))
+
+
+@pytest.mark.filterwarnings("ignore:a sample was left out")
+@pytest.mark.parametrize("on_error", ["replace", "skip"])
+def test_objects_count_once_in_however_many_epochs_they_fail(bucket, on_error):
+    with broken(bucket, on_error=on_error, max_failures=4) as dataset:
+        for _ in range(5):
+            dataset.__getitems__(range(60))
+        assert len(dataset.failures()) == 4
+
+
+@pytest.mark.filterwarnings("ignore:a sample was left out")
+def test_sample_is_not_its_own_substitute(bucket):
+    with broken(bucket, on_error="replace") as dataset:
+        few = dataset.subset([3, 0])
+        for _ in range(20):
+            assert torch.equal(torch.stack(few.__getitems__([0, 1])), torch.stack([tensor(0), tensor(0)]))
+        assert dataset.stats()["replaced"] == 20
 
 
 @pytest.mark.filterwarnings("ignore:a sample was left out")

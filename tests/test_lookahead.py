@@ -890,7 +890,33 @@ def test_state_of_another_dataset_is_refused(stored):
         sampler(stored.subset(range(1, 41))).load_state_dict(mine.state_dict())
 
 
-@pytest.mark.parametrize("batches_done", [-1, 4, 1000])
+@pytest.mark.parametrize("stateful", [False, True])
+def test_state_of_batches_that_were_sent_in_advance_has_to_be_told_what_was_delivered(store, stateful):
+    with CachedS3MapDataset.from_prefix(PREFIX, store=store, transform=key_of) as dataset:
+        alone, served = dataset.loader(BATCH), dataset.loader(BATCH, num_workers=1, stateful=stateful)
+        for loader in (alone, served):
+            assert loader.batch_sampler.state_dict()["batches"] == 0
+        next(iter(alone))
+        assert alone.batch_sampler.state_dict()["batches"] == 1
+        batches = iter(served)
+        next(batches)
+        if stateful:
+            assert served.state_dict()
+        else:
+            with pytest.raises(ConfigurationError, match="needs batches_done= here"):
+                served.batch_sampler.state_dict()
+            assert served.batch_sampler.state_dict(1)["batches"] == 1
+        del batches
+
+
+def test_sampler_of_batches_is_not_taken_for_one_of_samples(store):
+    with CachedS3MapDataset.from_prefix(PREFIX, store=store) as dataset:
+        sampler = LookaheadBatchSampler(range(COUNT), BATCH)
+        with pytest.raises(ConfigurationError, match="give it as batch_sampler="):
+            dataset.loader(sampler=sampler)
+
+
+@pytest.mark.parametrize("batches_done", [-1, 4, 1000, "x"])
 def test_batches_that_training_cannot_have_had_are_refused(batches_done):
     sampler = ahead("random")
     _ = [*itertools.islice(iter(sampler), 3)]

@@ -18,7 +18,8 @@ from aiobotocore.session import get_session
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from asyncds.errors import ConfigurationError
+from asyncds import CachedS3MapDataset
+from asyncds.errors import BucketNotFound, ConfigurationError, EmptyDataset
 from asyncds.testing import LatencyProxy, LocalS3, local, local_s3
 
 KINDS = ["minio", "rclone", "moto"]
@@ -136,6 +137,13 @@ def test_credentials_are_fresh_and_repr_hides_the_secret(running):
     assert running.endpoint in repr(running)
     with local_s3("moto") as other:
         assert (other.access_key, other.secret_key) != (running.access_key, running.secret_key)
+
+
+def test_environment_is_all_that_a_dataset_needs(running, monkeypatch):
+    for name, value in running.environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises((BucketNotFound, EmptyDataset)):
+        len(CachedS3MapDataset.from_prefix("s3://nobody-made-this/"))
 
 
 def test_best_installed_kind_is_chosen():

@@ -259,7 +259,7 @@ def _epochs(train: CachedS3MapDataset, test: CachedS3MapDataset, loading: _Loadi
 
 def _resident(stats: dict[str, float]) -> int:
     """Samples that lay in the cache before the epoch began."""
-    return int(stats["hits"] - stats["prefetch_hits"])
+    return int(stats["samples"] - stats["gets"])
 
 
 def _statistics(before: dict[str, float], after: dict[str, float]) -> str:

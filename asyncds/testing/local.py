@@ -47,6 +47,16 @@ class LocalS3:
     region: str
     kind: Kind
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables by which asyncds, and the AWS tools, find the server and its keys."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_REGION": self.region,
+        }
+
 
 @contextlib.contextmanager
 def local_s3(kind: Kind | None = None) -> Iterator[LocalS3]:
