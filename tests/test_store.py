@@ -436,7 +436,7 @@ EXTRAS = st.dictionaries(
     st.sampled_from(["requester", "ENABLED", "123456789012", "AES256", "a+b/c==", "100%", "%s", "%(x)d"]),
 )
 PARTS = st.none() | st.builds(lambda start, size: slice(start, start + size), st.integers(0), st.integers(1))
-STAMPS = st.datetimes(datetime.datetime(2000, 1, 1), datetime.datetime(2099, 1, 1)).map(
+STAMPS = st.just("20260228T235959Z") | st.datetimes(datetime.datetime(2000, 1, 1), datetime.datetime(2099, 1, 1)).map(
     lambda moment: moment.strftime("%Y%m%dT%H%M%SZ")
 )
 REGIONS = st.sampled_from(["us-east-1", "eu-west-1", "cn-north-1", "us-gov-west-1", "garage", "a b", "100%s"])
