@@ -80,33 +80,6 @@ def test_large_body_arrives_whole_and_the_connection_serves_again(factory, tls, 
     run(factory, main)
 
 
-@pytest.mark.parametrize("size", [None, 5])
-def test_answer_may_be_cut_anywhere(size):
-    whole = head(5) + b"hello"
-    cuts = iter(range(1, len(whole)))
-    sent = asyncio.Event()
-
-    async def handle(writer):
-        cut = next(cuts)
-        writer.write(whole[:cut])
-        while not sent.is_set():
-            await asyncio.sleep(0)
-        writer.write(whole[cut:])
-
-    async def main():
-        async with pool_on(handle) as pool:
-            for _ in range(1, len(whole)):
-                sent.clear()
-                task = asyncio.create_task(pool.get(b"GET\r\n\r\n", size, at_once))
-                for _ in range(20):
-                    await asyncio.sleep(0)
-                assert not task.done()
-                sent.set()
-                assert (await task).body == b"hello"
-
-    run(asyncio.new_event_loop, main)
-
-
 class NoRoom(BaseException):
     """What a fetcher raises when it hears of a size."""
 

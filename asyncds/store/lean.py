@@ -74,14 +74,15 @@ class Template:
         self.place = parts.hostname, parts.port or (443 if self.secure else 80)
         self._folder = parts.path.removesuffix(quoted)
         self._host = parts.netloc
-        self._constant = {
+        scope, _, rest = headers.get("authorization", "").partition("SignedHeaders=")
+        self._signs = bool(scope)
+        signed = {"user-agent", *rest.partition(",")[0].split(";")}
+        self._constant = {  # what is not signed traces one request
             name: value
             for name, value in headers.items()
-            if name not in _NOT_REPEATED and not name.startswith("amz-sdk-")
+            if name not in _NOT_REPEATED and not name.startswith("amz-sdk-") and (name in signed or not self._signs)
         }
         self._agent = self._constant.pop("user-agent", "asyncds")
-        scope = headers.get("authorization", "")
-        self._signs = bool(scope)
         if self._signs:
             credential = scope.removeprefix(_ALGORITHM + " Credential=").partition(",")[0]
             _, _, self._region, self._service, _ = credential.rsplit("/", 4)

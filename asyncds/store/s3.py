@@ -238,13 +238,13 @@ class S3Store:
         reset = _now_fetching.set(info)
         try:
             answer = await self._client.get_object(**arguments)
-            served = normalise_etag(answer.get("ETag"))
-            if served is None:
-                raise TransferFailed(f"{info.uri}: the answer has no ETag: it does not come from S3")
-            if info.etag is not None and served != info.etag:
-                raise ObjectChanged(f"{info.uri}: its ETag is {served}, not {info.etag}")
             stream = answer["Body"]
-            async with stream:
+            async with stream:  # from here on, whatever it is: else its connection is held until it is collected
+                served = normalise_etag(answer.get("ETag"))
+                if served is None:
+                    raise TransferFailed(f"{info.uri}: the answer has no ETag: it does not come from S3")
+                if info.etag is not None and served != info.etag:
+                    raise ObjectChanged(f"{info.uri}: its ETag is {served}, not {info.etag}")
                 size, expected = info.size, info
                 if part is not None:
                     size = _whole_size(answer.get("ContentRange", ""), part, info)

@@ -27,6 +27,7 @@ _FIRST_PIECE = 8 << 10
 _BUFFER = 256 << 10
 _IDLE_S = 10.0
 _RESOLVED_S = 10.0
+_TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"  # what a name may consist of (RFC 9110, 5.6.2)
 _REPEATABLE = {b"vary", b"set-cookie", b"via", b"warning", b"link", b"server", b"cache-control"}
 
 
@@ -88,6 +89,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         self._buffer = buffer
         self._start = b""  # of a head that is not complete
+        self._is_full = False  # whether more than the buffer took may have come with what came last
         self._head: tuple[int, dict[bytes, bytes]] | None = None
         self._body = Body(0)
         self._size: int | None = None
@@ -136,6 +138,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, count: int) -> None:
         self.progress = self._loop.time()
+        self._is_full = count == len(self.get_buffer(count))
         data = self._buffer[:count]
         if self.done is None:
             self.abort()  # nothing was asked
@@ -153,10 +156,11 @@ class _Connection(asyncio.BufferedProtocol):
     # the answer
 
     def _read_head(self, data: bytes) -> None:
-        end = data.find(b"\r\n\r\n")
+        end = data.find(b"\r\n\r\n", 0, _LONGEST_HEAD)
         if end < 0:
-            self._start = data
-            if len(data) > _LONGEST_HEAD:
+            if len(data) < _LONGEST_HEAD:
+                self._start = data
+            else:
                 self._fail(BrokenConnection("the head of the answer does not end"))
             return
         head = _parsed(data[:end])
@@ -191,8 +195,8 @@ class _Connection(asyncio.BufferedProtocol):
             self._deliver(head, body.whole())
 
     def _deliver(self, head: tuple[int, dict[bytes, bytes]], body: bytes) -> None:
-        if head[1].get(b"connection", b"").lower() == b"close":
-            self.abort()
+        if self._is_full or head[1].get(b"connection", b"").lower() == b"close":
+            self.abort()  # what may follow an answer unseen would be taken for the next one
         self.end(Answer(*head, body, whole=True))
 
     def _fail(self, error: BaseException) -> None:
@@ -201,15 +205,22 @@ class _Connection(asyncio.BufferedProtocol):
 
 
 def _parsed(head: bytes) -> tuple[int, dict[bytes, bytes]] | None:
-    """Status and headers; None if it is no HTTP/1.1, or a header that matters is there twice and says two things."""
+    """Status and headers; None if it is no HTTP/1.1, or a header that matters is there twice and says two things.
+
+    What one reads in one way and another in another is none: a `Transfer-Encoding` may hide in it.
+    """
     first, *lines = head.split(b"\r\n")
-    if not first.startswith(b"HTTP/1.1 ") or not first[9:12].isdigit():
+    if not first.startswith(b"HTTP/1.1 ") or not first[9:12].isdigit() or first[12:13] not in (b" ", b""):
+        return None
+    if not head.count(b"\r") == head.count(b"\n") == len(lines) or b"\0" in head:
         return None
     headers: dict[bytes, bytes] = {}
     for line in lines:
         name, colon, value = line.partition(b":")
-        name, value = name.lower(), value.strip()
-        if not colon or (name in headers and headers[name] != value and name not in _REPEATABLE):
+        name, value = name.lower(), value.strip(b" \t")
+        if not colon or not name or name.translate(None, _TOKEN):
+            return None
+        if name in headers and headers[name] != value and name not in _REPEATABLE:
             return None
         headers[name] = value
     return int(first[9:12]), headers
