@@ -1,6 +1,6 @@
 """What one GET costs the client: CPU and rate of asyncds' two lanes, and of the libraries that people use instead.
 
-    python tests/benchmarks/lanes.py [--sizes 700,10000,110000,1000000] [--objects 4000] [--rounds 5] [--only obstore]
+    python tests/benchmarks/lanes.py [--sizes 700,10000,110000,1000000] [--objects 3000] [--rounds 5] [--only obstore]
         [--concurrency 64] [--environments .venv-peers] [--json lanes.json]
 
 Every run is a fresh process, contenders take turns, and the server counts the requests. The CPU is what the client's
@@ -301,7 +301,7 @@ def measure(options: argparse.Namespace) -> None:
             os.environ |= CREDENTIALS | {"AWS_ENDPOINT_URL": server.endpoint}
             top = ceiling(server.endpoint, [f"/{BUCKET}/{key_of(number)}" for number in range(objects)], 16)
             results = in_turns(options, size, objects, server)
-        print(f"\n{objects:,} objects of {size:,} bytes; {options.rounds} rounds; the server answers ", end="")
+        print(f"\n{objects:,} objects of {size:,} bytes; rounds: {options.rounds}; the server answers ", end="")
         print(f"{top:,.0f} GETs/s to a client that only counts bytes\n")
         print(table(HEADER, rows(results)), flush=True)
         kept += [
@@ -319,7 +319,7 @@ def measure(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="700,10000,110000,1000000", help="bytes of an object")
-    parser.add_argument("--objects", type=int, default=4000, help="objects of a run")
+    parser.add_argument("--objects", type=int, default=3000, help="objects of a run")
     parser.add_argument("--bytes", type=int, default=300_000_000, help="bytes of a run at most: fewer objects then")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--concurrency", type=int, default=64)

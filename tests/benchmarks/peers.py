@@ -14,7 +14,8 @@ The bound is what asyncds could not be faster than with the CPU that it uses: th
 Latency, N (L + S/b) / C, where L + S/b is what one connection takes for one object, and C how many requests were in
 flight; N/Q, where Q is what the server answers to a client that only counts bytes; N c / k, where c is the CPU that all
 of its processes used, and k the cores; N d / m, where d is the decoding of one sample, and m the processes that decode.
-The server shares the cores, and one process without workers has one interpreter. Prints Markdown tables.
+The server shares the cores, and one process without workers has one interpreter. torch has one thread in each process.
+Prints Markdown tables.
 """
 
 import argparse
@@ -60,6 +61,7 @@ def run(options: argparse.Namespace) -> Result:
     from contenders import CONTENDERS, KINDS, cache_of, loader_for, written
 
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
+    torch.set_num_threads(1)  # as in workers: threads that wait for each other's core cost five times the decoding
     name, (options.workers,) = options.run, options.workers
     cache = cache_of(name, options)
     dataset = CONTENDERS[name].make(options, cache)
@@ -155,6 +157,9 @@ class Limits:
     """What server and decoding allow, measured once for each kind of object, without a round trip."""
 
     def __init__(self, server: Any, bucket: str, bodies: dict[str, bytes], opened: Any) -> None:
+        import torch
+
+        torch.set_num_threads(1)
         server.latency = 0.0
         paths = [f"/{bucket}/{key}" for key in bodies]
         self.served = ceiling(server.endpoint, paths, min(16, len(paths)))
