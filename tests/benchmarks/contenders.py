@@ -87,7 +87,7 @@ class Kind:
 
 KINDS = {
     "png": Kind("PNGs of 28x28", 4000, 200, images, OpenedImage()),
-    "jpeg": Kind("JPEGs of 100 kB", 400, 50, jpegs, OpenedImage()),
+    "jpeg": Kind("JPEGs of 100 kB", 300, 50, jpegs, OpenedImage()),
     "1MB": Kind("objects of 1 MB, not decoded", 300, 20, partial(raw, 1_000_000), OpenedBytes()),
     "64MB": Kind("objects of 64 MB, not decoded", 6, 1, partial(raw, 64_000_000), OpenedBytes()),
 }

@@ -254,8 +254,10 @@ def in_turns(options: argparse.Namespace, size: int, objects: int, server: Any) 
             if any("error" in result for result in results.get(name, ())):
                 continue
             server.reset_counts()
-            python, lane = python_for(CONTENDERS[name], options.environments), "full" if "full" in name else "lean"
-            result = in_fresh_process(python, __file__, name, arguments, ASYNCDS_LANE=lane)
+            python, lane = python_for(CONTENDERS[name], options.environments), {}
+            if name == "asyncds, full lane":
+                lane = {"ASYNCDS_LANE": "full"}
+            result = in_fresh_process(python, __file__, name, arguments, **lane)
             if "error" in result:
                 result["error"] = reason(CONTENDERS[name], options.environments) or result["error"]
             results.setdefault(name, []).append(result | {"requests": dict(server.stats.requests)})
