@@ -4,16 +4,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 OLDEST := $(abspath $(VENV))-oldest
+PEERS ?= $(abspath $(VENV))-peers
 PARALLEL := --numprocesses 2 --dist worksteal
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint test-newest test-oldest test-thorough bench clean
+.PHONY: help demo test lint test-newest test-oldest test-thorough bench bench-peers clean
 
 help:
 	@echo "make demo    train on handwritten digits from a local S3 server, and see the difference"
 	@echo "make test    lint, type check, and all tests with the newest and the oldest aiobotocore"
 	@echo "make test-thorough  what varies these at length, and Lightning and Accelerate (ten minutes more)"
 	@echo "make bench   cold and warm epochs beside one request per sample, and beside local files; memory"
+	@echo "make bench-peers  the same beside other libraries, in environments of their own, and one GET by itself"
 	@echo "make clean   delete the environments"
 
 demo: $(VENV)/.demo
@@ -37,14 +39,21 @@ test-thorough: $(VENV)/.test
 	$(BIN)/python $(PIP) --editable '.[test,frameworks]'
 	$(BIN)/python -m pytest $(PARALLEL) -m thorough
 
-bench: $(VENV)/.test
+bench: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/epochs.py
 	$(BIN)/python tests/benchmarks/memory.py
 	$(BIN)/python tests/benchmarks/cache.py
 	$(BIN)/python tests/benchmarks/lookahead.py
+	$(MAKE) bench-peers
+
+# A library whose environment cannot be made is a row of the tables that says so.
+bench-peers: $(VENV)/.bench
+	$(BIN)/python tests/benchmarks/environments.py --folder $(PEERS)
+	$(BIN)/python tests/benchmarks/lanes.py --environments $(PEERS)
+	$(BIN)/python tests/benchmarks/peers.py --environments $(PEERS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST)
+	rm -rf $(VENV) $(OLDEST) $(PEERS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -59,6 +68,10 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python $(PIP) --editable '.[test]'
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: $(VENV)/.test
+	$(BIN)/python $(PIP) --editable '.[test,bench]'
+	@touch $@
 
 # An environment whose own packages are the old ones, and which finds everything else, torch above all, in the first.
 $(OLDEST)/.test: $(VENV)/.test

@@ -45,8 +45,8 @@ class OpenedImage:
 class PerSample(Dataset[torch.Tensor]):
     """The hand-written way: the MinIO SDK, one client per process, one request per sample."""
 
-    def __init__(self, host: str, keys: list[str]) -> None:
-        self.host, self.keys, self.client = host, keys, None
+    def __init__(self, host: str, keys: list[str], opened: Callable[[Any], Any], bucket: str = BUCKET) -> None:
+        self.host, self.keys, self.opened, self.bucket, self.client = host, keys, opened, bucket, None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -56,26 +56,26 @@ class PerSample(Dataset[torch.Tensor]):
             from minio import Minio
 
             self.client = Minio(self.host, "benchmark", "benchmark", secure=False, region="us-east-1")
-        response = self.client.get_object(BUCKET, self.keys[index])
+        response = self.client.get_object(self.bucket, self.keys[index])
         try:
-            return OpenedImage()(response)
+            return self.opened(response)
         finally:
             response.close()
             response.release_conn()
 
 
 class LocalFiles(Dataset[torch.Tensor]):
-    """The same images as files."""
+    """The same objects as files."""
 
-    def __init__(self, folder: Path) -> None:
-        self.paths = sorted(folder.rglob("*.png"))
+    def __init__(self, folder: Path, opened: Callable[[Any], Any]) -> None:
+        self.paths, self.opened = sorted(path for path in folder.rglob("*") if path.is_file()), opened
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         with self.paths[index].open("rb") as file:
-            return OpenedImage()(file)
+            return self.opened(file)
 
 
 def images(count: int) -> Iterator[tuple[str, bytes]]:
@@ -93,10 +93,10 @@ def contender(name: str, options: argparse.Namespace) -> Dataset[torch.Tensor]:
     """The dataset to time."""
     folder = Path(options.folder)
     if name == "local files":
-        return LocalFiles(folder / "files")
+        return LocalFiles(folder / "files", OpenedImage())
     keys = sorted(str(path.relative_to(folder / "files")) for path in (folder / "files").rglob("*.png"))
     if name == "per sample":
-        whole = PerSample(os.environ["AWS_ENDPOINT_URL"].removeprefix("http://"), keys)
+        whole = PerSample(os.environ["AWS_ENDPOINT_URL"].removeprefix("http://"), keys, OpenedImage())
         return Subset(whole, range(max(BATCH, int(len(keys) * PER_SAMPLE_SHARE))))
     cache = folder / ("cold-" + str(os.getpid()) if name == "asyncds cold" else "warm")
     return CachedS3MapDataset.from_prefix(
