@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from functools import partial
 from typing import Any
 
-from asyncds.errors import AsyncdsError, ObjectChanged, TransferFailed
+from asyncds.errors import ObjectChanged, TransferFailed
 from asyncds.large import PART
 from asyncds.manifest import ObjectInfo
 from asyncds.retry import Retry
@@ -227,7 +227,7 @@ class Express:
         """See `Outcome`."""
         try:
             self._downloader.verify(self.known, served, body)
-        except AsyncdsError as error:
+        except Exception as error:
             self.otherwise(failed(error))
             return
         try:

@@ -406,14 +406,16 @@ class Fetcher:
             if flight.task is None and flight.result is None:
                 self._land(flight, stored=False)
         with self._at_end:  # also where this is cancelled
-            await asyncio.gather(*tasks, return_exceptions=True)
-            for flight in [flight for flight in self._flights.values() if flight.result is None]:
-                self._land(flight, stored=False)
-            if self._writer is not None:
-                await self._writer.aclose(_SECONDS_TO_FLUSH)
-            close = getattr(self._store, "aclose", None)
-            if close is not None:
-                await close()
+            try:
+                await asyncio.gather(*tasks, return_exceptions=True)
+                for flight in [flight for flight in self._flights.values() if flight.result is None]:
+                    self._land(flight, stored=False)
+                if self._writer is not None:
+                    await self._writer.aclose(_SECONDS_TO_FLUSH)
+            finally:
+                close = getattr(self._store, "aclose", None)
+                if close is not None:
+                    await close()
 
     def _lookup(self, infos: Sequence[ObjectInfo]) -> tuple[list[ObjectInfo], list[Fetched | None]]:
         if self._cache is None:

@@ -160,7 +160,7 @@ class Settings(BaseSettings):
     )
     verify_md5: bool = Field(
         False,
-        description="compare bodies with ETags that are an MD5: not of multipart uploads, nor under SSE-KMS or SSE-C",
+        description="compare bodies up to 16 MiB with ETags that are an MD5, as they are not under SSE-KMS or SSE-C",
     )
     timeout: float = Field(10.0, gt=0, le=3600, description="seconds without progress that end an attempt")
     deadline: float = Field(60.0, gt=0, le=86400, description="seconds for one object, with its retries")

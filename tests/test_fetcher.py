@@ -615,20 +615,37 @@ async def test_closing_waits_for_what_is_being_written(tmp_path):
     assert resident(cache, store.endpoint, infos_of(store)) == [True]
 
 
-async def test_closing_that_is_cancelled_gives_everything_back_all_the_same(tmp_path, monkeypatch):
+@pytest.mark.parametrize("amid", ["the writer", "the store"])
+async def test_closing_that_is_cancelled_gives_everything_back_all_the_same(tmp_path, monkeypatch, amid):
+    begun, closed, gate, put = asyncio.Event(), [], threading.Event(), Cache.put_each
+
     class Reluctant(FakeStore):
         async def aclose(self):
-            await asyncio.Event().wait()
+            closed.append("store")
+            if amid == "the store":
+                begun.set()
+                await asyncio.Event().wait()
 
-    closed = asyncio.Event()
+    def put_slowly(self, *arguments):
+        gate.wait(10)
+        return put(self, *arguments)
+
     close = Cache.close
-    monkeypatch.setattr(Cache, "close", lambda self: (close(self), closed.set()))
+    monkeypatch.setattr(Cache, "close", lambda self: closed.append("cache"))
     fetcher = Fetcher.open(store=Reluctant({("b", "k"): b"x"}), cache_dir=tmp_path)
+    if amid == "the writer":
+        monkeypatch.setattr(Cache, "put_each", put_slowly)
+        begun.set()
     await fetcher.get(ObjectInfo("b", "k"))
     closing = asyncio.create_task(fetcher.aclose())
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(closing, 0.2)
-    assert closed.is_set()
+    await begun.wait()
+    await settle()
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    gate.set()
+    assert closed == ["store", "cache"]
+    close(fetcher._cache)
 
 
 async def test_store_without_aclose_is_fine():

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import pickle
 import socket
 import zlib
 from collections import Counter
@@ -11,11 +12,13 @@ from dataclasses import replace
 
 import aiobotocore.session
 import pytest
+from aiobotocore.config import AioConfig
 from awscrt import checksums
 
-from asyncds import CachedS3MapDataset, Fetcher
+from asyncds import CachedS3MapDataset, Connection, Fetcher, S3Store, Settings
 from asyncds.errors import ConfigurationError, TransferFailed
 from asyncds.manifest import ObjectInfo
+from asyncds.retry import Retry
 from asyncds.store.wire import NoConnection, Pool
 from asyncds.testing import Fault
 
@@ -80,6 +83,42 @@ def test_hook_of_the_user_sees_every_request(server):
 def test_answer_that_only_the_full_lane_understands_goes_there(server):
     server.script("mnist", KEYS[5], [Fault.no_length()])
     assert read_all() == {"gets_lean": 10, "gets_full_first": 1, "gets_full_answer": 1}
+
+
+def test_answers_that_are_never_understood_leave_the_bucket_to_the_full_lane(server):
+    for key in KEYS:
+        server.script("mnist", key, [Fault.no_length()], forever=True)
+    with CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=lambda file: file.read()) as dataset:
+        assert [dataset[n] for n in range(12)] == [BODY] * 12
+        assert lanes_of(dataset) == {"gets_full_first": 1, "gets_full_answer": 11}
+    assert server.stats.requests["GET"] == 12 + 8, "eight in a row are asked for twice, and then no more"
+
+
+def test_lane_that_is_switched_off_is_so_in_another_process():
+    store = S3Store(Connection("AWS"), concurrency=1, timeout=1, retry=Retry(0, 1, 1), lean=False)
+    assert pickle.loads(pickle.dumps(store))._why_full("b") == "off"
+
+
+async def test_counting_that_fails_harms_nobody(server, caplog):
+    def fail(lane):
+        raise RuntimeError(lane)
+
+    store = S3Store(Connection.resolve(Settings()), concurrency=2, timeout=5, retry=Retry(0, 5, 5), on_lane=fail)
+    async with asyncio.timeout(10), Fetcher(store, None, concurrency=2, retry=Retry(0, 5, 5)) as fetcher:
+        for key in KEYS:
+            assert (await fetcher.get(ObjectInfo("mnist", key, len(BODY)))).body == BODY
+    assert "could not be counted" in caplog.text
+
+
+def session_with_connections_of_its_own():
+    session = aiobotocore.session.AioSession()
+    session.set_credentials("AKIAEXAMPLE", "secret")
+    session.set_default_client_config(AioConfig(connector_args={"use_dns_cache": False}))
+    return session
+
+
+def test_how_the_user_connects_counts_for_every_request(server):
+    assert read_all(session_factory=session_with_connections_of_its_own) == {"gets_full_request": 12}
 
 
 def test_lanes_of_workers_are_summed(server):
@@ -162,15 +201,19 @@ class Addresses:
     """A host with several addresses, and how many connections each got; `asked` counts questions for its name."""
 
     def __init__(self, monkeypatch, live, dead=()):
-        self.live, self.dead, self.asked, self.connections = live, dead, 0, Counter()
+        self.live, self.addresses, self.asked, self.connections = live, [*dead, *live], 0, Counter()
         self._servers, self._tasks = [], []
         resolve = socket.getaddrinfo
 
-        def answer(host, port, *arguments, **options):
+        def answer(host, port, *arguments, flags=0, **options):
             if host != "bucket.test":
-                return resolve(host, port, *arguments, **options)
+                return resolve(host, port, *arguments, flags=flags, **options)
+            if flags & socket.AI_NUMERICHOST:
+                raise socket.gaierror("that is a name")
             self.asked += 1
-            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (place, port)) for place in [*self.dead, *self.live]]
+            if not self.addresses:
+                raise socket.gaierror("no such host")
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (place, port)) for place in self.addresses]
 
         monkeypatch.setattr(socket, "getaddrinfo", answer)
 
@@ -197,9 +240,15 @@ class Addresses:
                 writer.write(ANSWER)
         writer.close()
 
+    async def get(self):
+        answer = await self.pool.get(b"GET\r\n\r\n", 2, lambda _: None, fresh=True)
+        assert answer.body == b"ok"
+
     async def get_at_once(self, count):
-        answers = await asyncio.gather(*[self.pool.get(b"GET\r\n\r\n", 2, lambda _: None) for _ in range(count)])
-        assert [answer.body for answer in answers] == [b"ok"] * count
+        await asyncio.gather(*[self.get() for _ in range(count)])
+
+    def grow_older(self, seconds):
+        self.pool._addresses._asked -= seconds
 
 
 async def test_connections_are_shared_out_over_the_addresses_of_a_host(monkeypatch):
@@ -209,22 +258,77 @@ async def test_connections_are_shared_out_over_the_addresses_of_a_host(monkeypat
         assert host.asked == 1
 
 
-async def test_address_that_cannot_be_reached_is_left_out(monkeypatch):
+@pytest.mark.parametrize("kind", ["refuses", "is silent"])
+async def test_address_that_cannot_be_reached_is_left_out(monkeypatch, kind):
+    tried = Counter()
+
+    async def connect(self, wire, address, connect=asyncio.SelectorEventLoop.sock_connect):
+        tried[address[0]] += 1
+        if address[0] == "127.0.0.9" and kind == "is silent":
+            await asyncio.Event().wait()
+        await connect(self, wire, address)
+
+    monkeypatch.setattr(asyncio.SelectorEventLoop, "sock_connect", connect)
     async with Addresses(monkeypatch, ["127.0.0.1", "127.0.0.2"], dead=["127.0.0.9"]) as host:
-        await host.get_at_once(12)
+        for _ in range(12):
+            await host.get()
         assert host.connections.total() == 12
         assert host.connections.keys() == {*host.live}
-        assert host.asked == 1
+        assert (host.asked, tried["127.0.0.9"]) == (1, 1)
 
 
 async def test_name_that_stands_for_nothing_is_told_and_asked_for_again(monkeypatch):
     async with Addresses(monkeypatch, ["127.0.0.1"]) as host:
-        with monkeypatch.context() as patch:
-            patch.setattr(socket, "getaddrinfo", refuse)
-            with pytest.raises(NoConnection, match=r"bucket\.test"):
-                await host.get_at_once(3)
+        host.addresses = []
+        with pytest.raises(NoConnection, match=r"bucket\.test"):
+            await host.get_at_once(3)
+        host.addresses = host.live
         await host.get_at_once(3)
 
 
-def refuse(*_, **__):
-    raise socket.gaierror("no such host")
+async def test_host_that_has_moved_is_found(monkeypatch):
+    async with Addresses(monkeypatch, ["127.0.0.1"]) as host:
+        host.addresses = ["127.0.0.9"]
+        with pytest.raises(NoConnection):
+            await host.get()
+        host.addresses = host.live
+        await host.get()  # what has failed is not believed any more
+        host.addresses = ["127.0.0.9"]
+        host.grow_older(3600)
+        with pytest.raises(NoConnection):  # nor what is an hour old
+            await host.get()
+
+
+async def test_name_is_asked_for_again_beside_what_is_known_and_may_fail(monkeypatch):
+    async with Addresses(monkeypatch, ["127.0.0.1", "127.0.0.2"]) as host:
+        await host.get()
+        host.addresses = []
+        host.grow_older(30)
+        await host.get()
+        await host.get()
+        assert host.asked == 2
+
+
+async def test_address_stands_for_itself(monkeypatch):
+    asked = []
+    monkeypatch.setattr(asyncio.SelectorEventLoop, "getaddrinfo", lambda *arguments, **_: asked.append(arguments))
+    async with Addresses(monkeypatch, ["127.0.0.1"]) as host:
+        host.pool = Pool("127.0.0.1", host.pool._port, timeout=5, tls=None)
+        await host.get()
+    assert not asked
+
+
+async def test_pool_that_is_closed_while_it_asks_for_a_name_leaves_no_task(monkeypatch):
+    async with Addresses(monkeypatch, ["127.0.0.1"]) as host:
+        asking = asyncio.Event()
+
+        async def ask(*_, **__):
+            asking.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(asyncio.SelectorEventLoop, "getaddrinfo", ask)
+        getting = asyncio.create_task(host.get())
+        await asking.wait()
+        getting.cancel()
+        await asyncio.wait([getting])
+    assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -292,7 +292,8 @@ def _checksums() -> dict[bytes, Callable[[bytes], bytes]]:
     except ImportError:
         pass
     else:
-        known[_HEADER + b"crc64nvme"] = lambda body: checksums.crc64nvme(body).to_bytes(8, "big")
+        if hasattr(checksums, "crc64nvme"):  # the younger one
+            known[_HEADER + b"crc64nvme"] = lambda body: checksums.crc64nvme(body).to_bytes(8, "big")
         known[_HEADER + b"crc32c"] = lambda body: checksums.crc32c(body).to_bytes(4, "big")
     known[_HEADER + b"crc32"] = lambda body: zlib.crc32(body).to_bytes(4, "big")
     known[_HEADER + b"sha1"] = lambda body: hashlib.sha1(body, usedforsecurity=False).digest()

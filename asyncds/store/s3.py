@@ -1,6 +1,7 @@
 """S3 and what speaks its language, through aiobotocore: the only code that sends requests."""
 
 import asyncio
+import logging
 import ssl
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -33,10 +34,12 @@ from asyncds.store.wire import Answer, Body, BrokenConnection
 
 __all__ = ["S3Store"]
 
+_log = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 _FRESH_S, _STALE_S = 1.0, 60.0
 _BOTOCORES = {"botocore", "aiobotocore", "boto3", "aioboto3"}
 _EVENTS = (
+    "before-parse",
     *("provide-client-params", "before-parameter-build", "before-endpoint-resolution", "before-call"),
     *(
         "request-created",
@@ -178,15 +181,21 @@ class S3Store:
 
     def _count(self, lane: str) -> None:
         self.lanes[lane] += 1
-        if self._on_lane is not None:
-            self._on_lane(lane)
+        try:
+            if self._on_lane is not None:
+                self._on_lane(lane)
+        except Exception:  # whoever waits for the object must not come to harm by that
+            _log.exception("a lane could not be counted")
 
     async def _lean(
         self, lane: LeanLane, info: ObjectInfo, reserve: Reserve, part: slice | None, *, fresh: bool = False
     ) -> tuple[ObjectInfo, bytes] | None:
         """One GET on the lean lane, or None where the full lane has to look at what is the matter."""
         try:
-            answer = await lane.get(info, await self._credentials(), reserve, part, fresh=fresh)
+            credentials = await self._credentials()
+            if not lane.knows(info.bucket):  # any more
+                return None
+            answer = await lane.get(info, credentials, reserve, part, fresh=fresh)
         except Exception as error:
             raise self._explained(error, info.uri) from error
         if answer.whole:
@@ -197,10 +206,10 @@ class S3Store:
 
     def _served(self, info: ObjectInfo, answer: Answer, part: slice | None = None) -> ObjectInfo:
         """What a whole answer says that it carries."""
-        self._count("lean")
         size = len(answer.body)
         if part is not None:
             size = _whole_size(answer.headers.get(b"content-range", b"").decode("latin-1"), part, info)
+        self._count("lean")
         return ObjectInfo(
             info.bucket, info.key, size, normalise_etag(answer.headers.get(b"etag", b"").decode("latin-1"))
         )
@@ -462,6 +471,8 @@ def _lean_lane(client: Any, timeout: float) -> LeanLane | None:
     if config.proxies or get_environ_proxies(client.meta.endpoint_url) or config.client_cert:
         return None
     if verify is not True and not isinstance(verify, str):
+        return None
+    if (getattr(config, "connector_args", None) or {}).keys() - {"keepalive_timeout"}:  # a resolver of the user's, say
         return None
     return LeanLane(timeout=timeout, tls=lambda: ssl.create_default_context(cafile=get_cert_path(verify)))
 

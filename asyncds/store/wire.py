@@ -8,6 +8,7 @@ to the next request.
 import asyncio
 import contextlib
 import io
+import itertools
 import logging
 import math
 import socket
@@ -15,7 +16,9 @@ import ssl
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from aiohappyeyeballs import AddrInfoType, start_connection
 
 from asyncds.store.base import Reserve, no_bound
 
@@ -26,7 +29,8 @@ _LONGEST_HEAD = 64 << 10
 _FIRST_PIECE = 8 << 10
 _BUFFER = 256 << 10
 _IDLE_S = 10.0
-_RESOLVED_S = 10.0
+_RESOLVED_S, _OUTDATED_S = 10.0, 60.0
+_PATIENCE_S = 0.25  # with one address, before another is tried beside it (RFC 8305, 8)
 _TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"  # what a name may consist of (RFC 9110, 5.6.2)
 _REPEATABLE = {b"vary", b"set-cookie", b"via", b"warning", b"link", b"server", b"cache-control"}
 
@@ -232,7 +236,7 @@ def _length(headers: dict[bytes, bytes]) -> int | None:
 
 
 class _Addresses:
-    """What a host's name stands for: asked anew every ten seconds at most, each address in its turn.
+    """What a host's name stands for: asked anew after ten seconds, each address of the preferred kind in its turn.
 
     A name of S3 stands for several servers, and for others a minute later; whoever asks for each connection anew gets a
     thread and a wait for each. Lives on one event loop.
@@ -241,37 +245,53 @@ class _Addresses:
     def __init__(self, host: str, port: int) -> None:
         self._host = host
         self._port = port
-        self._known: deque[str] = deque()
+        self._known: list[AddrInfoType] = []
+        self._turns = itertools.count()
         self._asked = -math.inf
         self._asking: asyncio.Task[None] | None = None
 
-    async def next(self) -> list[str]:
+    async def next(self) -> list[AddrInfoType]:
         """All addresses, the one whose turn it is first. Raises `OSError` where the name stands for nothing."""
-        loop = asyncio.get_running_loop()
-        if not self._known or loop.time() - self._asked > _RESOLVED_S:
-            if self._asking is None or self._asking.done():
-                self._asking = asyncio.create_task(self._ask())
-                self._asking.add_done_callback(lambda task: task.cancelled() or task.exception())  # whoever still waits
-            if not self._known:
-                await asyncio.shield(self._asking)
-        self._known.rotate(-1)
-        return list(self._known)
+        age = asyncio.get_running_loop().time() - self._asked
+        if age > _RESOLVED_S and (self._asking is None or self._asking.done()):
+            self._asking = asyncio.create_task(self._ask())
+            self._asking.add_done_callback(lambda task: task.cancelled() or task.exception())  # for whoever waits
+        if self._asking is not None and (not self._known or age > _OUTDATED_S):
+            await asyncio.shield(self._asking)
+        if not self._known:
+            raise OSError("no address is known")
+        preferred = [address for address in self._known if address[0] == self._known[0][0]]
+        turn = next(self._turns) % len(preferred)
+        return [*preferred[turn:], *preferred[:turn], *self._known[len(preferred) :]]
 
-    def drop(self, address: str) -> None:
-        """Leave out an address that cannot be reached, until the name is asked for again."""
-        with contextlib.suppress(ValueError):
+    def drop(self, address: AddrInfoType) -> None:
+        """Leave out an address that cannot be reached, or not at once, unless it is the last, until the next asking."""
+        if len(self._known) > 1 and address in self._known:
             self._known.remove(address)
 
+    def ask_again(self) -> None:
+        """Believe nothing that is known any more."""
+        self._known, self._asked = [], -math.inf
+
+    async def aclose(self) -> None:
+        """Ask no more."""
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.wait([self._asking])
+
     async def _ask(self) -> None:
-        loop = asyncio.get_running_loop()
+        loop, found = asyncio.get_running_loop(), list[Any]()
         self._asked = loop.time()
+        with contextlib.suppress(socket.gaierror):  # an address stands for itself, which takes no thread
+            found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         try:
-            found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+            found = found or await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
         except OSError:
             if not self._known:
+                self._asked = -math.inf
                 raise
         else:
-            self._known = deque(dict.fromkeys(str(address[0]) for *_, address in found))
+            self._known = sorted(found, key=lambda address: address[0] != found[0][0])
 
 
 class Pool:
@@ -360,23 +380,33 @@ class Pool:
         return None
 
     async def _opened(self) -> _Connection:
+        loop, name = asyncio.get_running_loop(), self._host if self._tls is not None else None
         try:
             async with asyncio.timeout(self._timeout):
-                addresses = await self._addresses.next()
-                for address in addresses[:-1]:
-                    with contextlib.suppress(OSError):
-                        return await self._connected(address)
-                    self._addresses.drop(address)
-                return await self._connected(addresses[-1])
+                wire = await self._reached()
+                try:
+                    _, connection = await loop.create_connection(
+                        lambda: _Connection(self, self._buffer), sock=wire, ssl=self._tls, server_hostname=name
+                    )
+                except BaseException:
+                    wire.close()
+                    raise
         except OSError as error:
             raise NoConnection(f"{self._host}:{self._port}") from error
-
-    async def _connected(self, address: str) -> _Connection:
-        name = self._host if self._tls is not None else None
-        _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: _Connection(self, self._buffer), address, self._port, ssl=self._tls, server_hostname=name
-        )
         return connection
+
+    async def _reached(self) -> socket.socket:
+        """A socket that is connected to the address whose turn it is, or to the first other one that answers."""
+        addresses = await self._addresses.next()
+        try:
+            wire = await start_connection(addresses, happy_eyeballs_delay=_PATIENCE_S)
+        except OSError:
+            self._addresses.ask_again()
+            raise
+        wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if wire.getpeername()[0] != addresses[0][4][0]:
+            self._addresses.drop(addresses[0])
+        return wire
 
     def _watch_over(self) -> None:
         """Look after all connections from time to time, rather than set a timer for each request."""
@@ -405,6 +435,7 @@ class Pool:
         for connection in [*self._idle, *self._busy]:
             connection.abort()
         self._idle.clear()
+        await self._addresses.aclose()
         await asyncio.sleep(0)
 
 

@@ -17,7 +17,6 @@ import random
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -122,12 +121,9 @@ async def asyncds_lane(lane: str, options: argparse.Namespace) -> AsyncIterator[
     from asyncds.store.connection import Connection
     from asyncds.store.s3 import S3Store
 
-    warnings.filterwarnings("ignore", "ASYNCDS_LANE is no variable")
-    retry = Retry(0, deadline=60, first_contact=10)
-    store = S3Store(Connection.resolve(Settings()), concurrency=options.concurrency, timeout=30, retry=retry)
+    connection, retry = Connection.resolve(Settings()), Retry(0, deadline=60, first_contact=10)
+    store = S3Store(connection, concurrency=options.concurrency, timeout=30, retry=retry, lean=lane == "lean")
     infos = {int(info.key): info async for page in store.list(BUCKET, "") for info in page}
-    if lane == "full" and store._lane is not None:  # ASYNCDS_LANE means nothing to this version
-        store._lane = None
 
     async def fetch(numbers: Iterator[int], received: Received) -> None:
         wanted = (infos[number] for number in numbers)
@@ -137,7 +133,7 @@ async def asyncds_lane(lane: str, options: argparse.Namespace) -> AsyncIterator[
         await asyncio.gather(*(flight.landed for flight in flights))
 
     yield fetch
-    others = sum(store.lanes.values()) - store.lanes[lane]
+    others = store.lanes.total() - store.lanes["lean" if lane == "lean" else "off"]
     assert others <= (lane == "lean"), f"{others} objects came on the other lane"
     await store.aclose()
 
@@ -254,10 +250,8 @@ def in_turns(options: argparse.Namespace, size: int, objects: int, server: Any) 
             if any("error" in result for result in results.get(name, ())):
                 continue
             server.reset_counts()
-            python, lane = python_for(CONTENDERS[name], options.environments), {}
-            if name == "asyncds, full lane":
-                lane = {"ASYNCDS_LANE": "full"}
-            result = in_fresh_process(python, __file__, name, arguments, **lane)
+            python = python_for(CONTENDERS[name], options.environments)
+            result = in_fresh_process(python, __file__, name, arguments)
             if "error" in result:
                 result["error"] = reason(CONTENDERS[name], options.environments) or result["error"]
             results.setdefault(name, []).append(result | {"requests": dict(server.stats.requests)})
