@@ -288,7 +288,9 @@ def draw(kept: list[Result], file: Path) -> None:
             style = {"warm": "--", "cold": "-", "every": ":" if "threads" in name else "-"}[contender.epoch]
             colour = f"C{libraries.index(contender.library)}"
             thick = 2.4 if contender.library == "asyncds" else 1.2
-            panel.plot(list(points), list(points.values()), style, color=colour, lw=thick, marker="o", ms=4, label=name)
+            face = "white" if contender.epoch == "warm" else colour
+            marks = {"marker": "s" if "threads" in name else "o", "ms": 4, "mfc": face}
+            panel.plot(list(points), list(points.values()), style, color=colour, lw=thick, label=name, **marks)
         panel.set(yscale="log", xticks=range(len(trips)), xticklabels=[f"{rtt * 1e3:g}" for rtt in trips])
         panel.set_title(f"{KINDS[kind].label}, {count} workers", fontsize=9)
         panel.grid(alpha=0.3, which="both")
