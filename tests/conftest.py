@@ -4,6 +4,7 @@ import gc
 import io
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -17,6 +18,10 @@ from PIL import Image
 from asyncds.testing import S3Server
 
 _FAMILIES = ("AWS_", "MINIO_", "ASYNCDS_", "XDG_")
+# A shell that runs the suite in the background has it ignore Ctrl-C, and all that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 ACCESS_KEY, SECRET_KEY = "AKIAEXAMPLE", "a-secret-of-the-tests"
