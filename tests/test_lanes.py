@@ -305,6 +305,7 @@ async def test_name_is_asked_for_again_beside_what_is_known_and_may_fail(monkeyp
         host.addresses = []
         host.grow_older(30)
         await host.get()
+        await asyncio.wait([host.pool._addresses._asking])
         await host.get()
         assert host.asked == 2
 

@@ -38,19 +38,20 @@ _log = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 _FRESH_S, _STALE_S = 1.0, 60.0
 _BOTOCORES = {"botocore", "aiobotocore", "boto3", "aioboto3"}
-_EVENTS = (
+_EVENTS = [
+    "provide-client-params",
+    "before-parameter-build",
+    "before-endpoint-resolution",
+    "before-call",
+    "request-created",
+    "choose-signer",
+    "before-sign",
+    "before-send",
+    "response-received",
     "before-parse",
-    *("provide-client-params", "before-parameter-build", "before-endpoint-resolution", "before-call"),
-    *(
-        "request-created",
-        "choose-signer",
-        "before-sign",
-        "before-send",
-        "response-received",
-        "needs-retry",
-        "after-call",
-    ),
-)
+    "needs-retry",
+    "after-call",
+]
 _now_fetching: ContextVar[ObjectInfo | None] = ContextVar("_now_fetching", default=None)
 
 

@@ -403,9 +403,10 @@ class Pool:
         except OSError:
             self._addresses.ask_again()
             raise
-        wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if wire.getpeername()[0] != addresses[0][4][0]:
-            self._addresses.drop(addresses[0])
+        with contextlib.suppress(OSError):  # it may have been closed already, as the first request will tell
+            wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if wire.getpeername()[0] != addresses[0][4][0]:
+                self._addresses.drop(addresses[0])
         return wire
 
     def _watch_over(self) -> None:
