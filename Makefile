@@ -5,14 +5,16 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 OLDEST := $(abspath $(VENV))-oldest
 PEERS ?= $(abspath $(VENV))-peers
+BRINGING := store fetcher express large dataset failures errors bad_input
+USING := workers life processes lookahead ranks cli vision
 PARALLEL := --numprocesses 2 --dist worksteal
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint test-newest test-oldest test-thorough bench bench-peers clean
+.PHONY: help demo test lint test-newest test-oldest test-full-lane test-thorough bench bench-peers clean
 
 help:
 	@echo "make demo    train on handwritten digits from a local S3 server, and see the difference"
-	@echo "make test    lint, type check, and all tests with the newest and the oldest aiobotocore"
+	@echo "make test    lint, type check, and all tests: with the newest and the oldest aiobotocore, and on the full lane"
 	@echo "make test-thorough  what varies these at length, and Lightning and Accelerate (ten minutes more)"
 	@echo "make bench   cold and warm epochs beside one request per sample, and beside local files; memory"
 	@echo "make bench-peers  the same beside other libraries, in environments of their own, and one GET by itself"
@@ -21,7 +23,7 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/asyncds demo
 
-test: lint test-newest test-oldest
+test: lint test-newest test-oldest test-full-lane
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
@@ -35,9 +37,14 @@ test-newest: $(VENV)/.test
 test-oldest: $(OLDEST)/.test
 	PATH="$(BIN):$$PATH" $(OLDEST)/bin/python -m pytest $(PARALLEL) tests/test_store.py tests/test_dataset.py
 
+# What brings objects, and what can go wrong with that, once more without the lean lane.
+test-full-lane: $(VENV)/.test
+	$(BIN)/python -m pytest $(PARALLEL) --lane full $(addprefix tests/test_,$(addsuffix .py,$(BRINGING)))
+
 test-thorough: $(VENV)/.test
 	$(BIN)/python $(PIP) --editable '.[test,frameworks]'
 	$(BIN)/python -m pytest $(PARALLEL) -m thorough
+	$(BIN)/python -m pytest $(PARALLEL) --lane full $(addprefix tests/test_,$(addsuffix .py,$(USING)))
 
 bench: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/epochs.py

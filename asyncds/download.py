@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import hashlib
 import logging
-import re
 import time
 import weakref
 from collections import deque
@@ -22,7 +20,6 @@ __all__ = ["Budget", "Downloader", "Express", "Memory", "SizeTold", "Slots", "ve
 
 _log = logging.getLogger(__name__)
 _MEMORY = 32 << 20
-_MD5 = re.compile("[0-9a-f]{32}")
 _SLOWEST = 1e6  # bytes per second below which a large object may miss its deadline
 _SIZES_TOLD = 4  # for one object, before it is given up
 _UNLISTED = 64 << 10  # bytes that an object of unknown size is taken for at least, until its answer begins
@@ -226,7 +223,7 @@ class Express:
     def came(self, served: ObjectInfo, body: bytes) -> None:
         """See `Outcome`."""
         try:
-            self._downloader.verify(self.known, served, body)
+            verify(self.known, served, body)
         except Exception as error:
             self.otherwise(failed(error))
             return
@@ -261,11 +258,8 @@ class Downloader:
         slots: Slots,
         memory: Memory,
         observe: Callable[[float], None] = lambda seconds: None,
-        *,
-        verify_md5: bool = False,
     ) -> None:
         self.memory = memory
-        self._verify_md5 = verify_md5
         self._observe = observe
         self._store = store
         self._retry = retry
@@ -295,16 +289,6 @@ class Downloader:
         self._retry.reached = True
         self._count += 1
         self._bytes += size
-
-    def verify(self, expected: ObjectInfo, served: ObjectInfo, body: bytes) -> None:
-        """As `verify`, and compare the MD5 with the ETag where that is one, if that is asked for."""
-        verify(expected, served, body)
-        if self._verify_md5 and served.etag is not None and _MD5.fullmatch(served.etag):
-            found = hashlib.md5(body, usedforsecurity=False).hexdigest()
-            if found != served.etag:
-                raise TransferFailed(
-                    f"{expected.uri}: the MD5 of what arrived is {found}, not its ETag {served.etag}"
-                ).because("if the object is encrypted by SSE-KMS or SSE-C its ETag is no MD5: leave verify_md5 off")
 
     def expected_size(self, info: ObjectInfo) -> int:
         """Bytes of the object, as listed, or as the mean of the others lets expect."""
@@ -368,7 +352,7 @@ class Downloader:
         other = next(others, None)
         asked = other() if other is not None else self._store.get(info, partial(_admit, turn, most, clock))
         served, body = await asked
-        self.verify(info, served, body)
+        verify(info, served, body)
         self._observe(time.perf_counter() - started)
         return served, body
 

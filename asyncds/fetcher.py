@@ -200,7 +200,6 @@ class Fetcher:
         memory: Memory | None = None,
         admits: Callable[[int], bool] | None = None,
         on_early: Callable[[Fetched], None] | None = None,
-        verify_md5: bool = False,
     ) -> None:
         try:
             inspect.signature(store.get).bind(None, None, None)
@@ -212,7 +211,7 @@ class Fetcher:
         self._patience = retry.deadline / 4
         self._slots = slots or Slots(concurrency)
         observe = counters.observe if counters is not None else lambda seconds: None
-        self.downloader = Downloader(store, retry, self._slots, memory or Memory(), observe, verify_md5=verify_md5)
+        self.downloader = Downloader(store, retry, self._slots, memory or Memory(), observe)
         self._tag = tag
         self._admits = admits or (lambda size: True)
         self._counters = counters
@@ -246,14 +245,7 @@ class Fetcher:
             cache.hold(tag)
             undo.callback(cache.release, tag)
             store = recipe.make(settings.concurrency, retry)
-            fetcher = cls(
-                store,
-                cache,
-                concurrency=settings.concurrency,
-                retry=retry,
-                tag=tag,
-                verify_md5=settings.verify_md5,
-            )
+            fetcher = cls(store, cache, concurrency=settings.concurrency, retry=retry, tag=tag)
             fetcher._at_end = undo.pop_all()
         return fetcher
 

@@ -8,6 +8,7 @@ from typing import Any
 from asyncds.retry import Retry
 from asyncds.settings import Settings
 from asyncds.store import Connection, ObjectStore, S3Store
+from asyncds.store.integrity import HowVerified
 
 __all__ = ["StoreRecipe"]
 
@@ -75,8 +76,11 @@ class StoreRecipe:
             session=self.session_factory() if self.session_factory is not None else None,
         )
 
-    def make(self, concurrency: int, retry: Retry, on_lane: Callable[[str], None] | None = None) -> ObjectStore:
-        """Make the store. `on_lane` is told, for each GET that brought something, which lane it took and why."""
+    def make(
+        self, concurrency: int, retry: Retry, on_get: Callable[[str, HowVerified], None] | None = None
+    ) -> ObjectStore:
+        """Make the store. `on_get` is told, for each GET that brought something, which lane it took and why, and how
+        what came was verified."""
         if self.store is not None:
             return self.store
         return S3Store(
@@ -86,7 +90,8 @@ class StoreRecipe:
             retry=retry,
             session_factory=self.session_factory,
             lean=self.settings.lane == "auto",
-            on_lane=on_lane,
+            verify_md5=self.settings.verify_md5,
+            on_get=on_get,
         )
 
     @property

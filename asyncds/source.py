@@ -161,7 +161,7 @@ class _Runtime:
             on_retry=lambda: source_counters.add(retries=1),
         )
         source_counters = source.counters
-        self.store = source.recipe.make(concurrency, retry, source_counters.count_lane)
+        self.store = source.recipe.make(concurrency, retry, source_counters.count_get)
         self.fetcher = Fetcher(
             self.store,
             source.cache,
@@ -173,7 +173,6 @@ class _Runtime:
             memory=self.portal.shared(Memory, Memory),
             admits=partial(Source.admits, weakref.proxy(source)) if settings.admit == "smallest" else None,
             on_early=source.early.add,
-            verify_md5=settings.verify_md5,
         )
         if is_worker() and not gc.get_freeze_count():
             # What a worker has inherited and loaded stays until it ends. Otherwise the garbage collector goes through

@@ -25,6 +25,9 @@ COUNTERS = (
     "gets_full_first",  # because it was the first of its bucket, from which the request is learnt,
     "gets_full_request",  # because the request is none that the lean lane can repeat,
     "gets_full_answer",  # or because an answer was one that only the full lane understands
+    "verified_checksum",  # of all these GETs, those whose body was compared with a checksum that the server had stored,
+    "verified_etag_md5",  # with its ETag, which is its MD5,
+    "verified_length_etag",  # or by length and ETag only
     "retries",  # attempts after a first one
     "failures",  # objects that the store could not be made to give, each time they were asked for
     "replaced",  # samples that could not be had, in whose place another one was returned
@@ -69,9 +72,10 @@ class Counters:
             for name, amount in amounts.items():
                 self._add(_PLACE[name], amount)
 
-    def count_lane(self, lane: str) -> None:
-        """Count a GET that brought something: by the lane `lean`, or by the full one, for the reason given."""
-        self.add(**{"gets_lean" if lane == "lean" else f"gets_full_{lane}": 1})
+    def count_get(self, lane: str, verified: str) -> None:
+        """Count a GET that brought something: by the lane `lean`, or by the full one, for the reason given; and how
+        that was verified."""
+        self.add(**{"gets_lean" if lane == "lean" else f"gets_full_{lane}": 1, f"verified_{verified}": 1})
 
     def observe(self, seconds: float) -> None:
         """Count a request that took so long."""

@@ -15,6 +15,7 @@ import botocore.session
 import pytest
 from PIL import Image
 
+from asyncds.store import S3Store
 from asyncds.testing import S3Server
 
 _FAMILIES = ("AWS_", "MINIO_", "ASYNCDS_", "XDG_")
@@ -34,6 +35,26 @@ def shared_loader() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(botocore.session, "create_loader", lambda *_: loader)
         yield
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--lane", choices=["auto", "full"], default="auto", help="what ASYNCDS_LANE is where no test sets it"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--lane") == "full":
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("lean")])
+        items[:] = [item for item in items if not item.get_closest_marker("lean")]
+
+
+@pytest.fixture(autouse=True)
+def chosen_lane(clean_environment, request, monkeypatch) -> None:
+    """With `--lane full`, datasets and stores use the full lane, also those that a test makes itself."""
+    if request.config.getoption("--lane") == "full":
+        monkeypatch.setenv("ASYNCDS_LANE", "full")
+        monkeypatch.setitem(S3Store.__init__.__kwdefaults__, "lean", False)
 
 
 @pytest.fixture(autouse=True)

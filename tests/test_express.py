@@ -76,6 +76,7 @@ def all_is_given_back(fetcher: Fetcher) -> bool:
 # what a server may do
 
 
+@pytest.mark.lean
 async def test_connection_that_was_closed_while_it_was_idle_costs_one_more_request(monkeypatch, tmp_path):
     async with scripted(monkeypatch, tmp_path, retries=0) as (script, fetcher):
         script.closes.add("probe")
@@ -107,6 +108,7 @@ async def test_key_that_no_request_can_name_harms_no_other_object(monkeypatch, t
         assert all_is_given_back(fetcher)
 
 
+@pytest.mark.lean
 async def test_healthy_objects_come_without_a_task_each(monkeypatch, tmp_path):
     async with scripted(monkeypatch, tmp_path) as (script, fetcher):
         flights = [fetcher.start(info(f"k{number}")) for number in range(50)]

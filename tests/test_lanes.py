@@ -39,10 +39,16 @@ def lanes_of(dataset):
     return {name: count for name, count in dataset.stats().items() if name.startswith("gets_") and count}
 
 
-def read_all(**options):
+def read_all(count=lanes_of, **options):
     with CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=lambda file: file.read(), **options) as dataset:
         assert dataset.__getitems__(range(len(dataset))) == [BODY] * len(KEYS)
-        return lanes_of(dataset)
+        return count(dataset)
+
+
+def verified(dataset):
+    """How many GETs were verified how, ways that were not taken left out."""
+    name = "verified_"
+    return {key.removeprefix(name): n for key, n in dataset.stats().items() if key.startswith(name) and n}
 
 
 # which lane
@@ -100,10 +106,10 @@ def test_lane_that_is_switched_off_is_so_in_another_process():
 
 
 async def test_counting_that_fails_harms_nobody(server, caplog):
-    def fail(lane):
+    def fail(lane, verified):
         raise RuntimeError(lane)
 
-    store = S3Store(Connection.resolve(Settings()), concurrency=2, timeout=5, retry=Retry(0, 5, 5), on_lane=fail)
+    store = S3Store(Connection.resolve(Settings()), concurrency=2, timeout=5, retry=Retry(0, 5, 5), on_get=fail)
     async with asyncio.timeout(10), Fetcher(store, None, concurrency=2, retry=Retry(0, 5, 5)) as fetcher:
         for key in KEYS:
             assert (await fetcher.get(ObjectInfo("mnist", key, len(BODY)))).body == BODY
@@ -156,7 +162,7 @@ def test_flipped_bit_is_found_by_each_checksum_that_a_server_may_send(server, la
     told = Fault(extra_headers=((f"x-amz-checksum-{algorithm}", right),))
     for key in KEYS:
         server.script("mnist", key, [replace(told, replacement=FLIPPED), told])
-    read_all(lane=lane)
+    assert read_all(verified, lane=lane) == {"checksum": len(KEYS)}
     assert server.stats.requests["GET"] == 2 * len(KEYS)
 
 
@@ -164,7 +170,7 @@ def test_checksum_of_parts_is_not_taken_for_one_of_the_whole(server):
     told = base64.b64encode(b"none").decode() + "-3"
     for key in KEYS:
         server.script("mnist", key, [Fault(extra_headers=(("x-amz-checksum-crc32", told),))])
-    assert read_all(lane="auto")["gets_lean"] == 11
+    assert read_all(verified, lane="auto") == {"length_etag": len(KEYS)}
     assert server.stats.requests["GET"] == len(KEYS)
 
 
@@ -172,7 +178,7 @@ def test_checksum_of_parts_is_not_taken_for_one_of_the_whole(server):
 def test_flipped_bit_is_found_by_the_md5_in_an_etag_where_that_is_asked_for(server, lane):
     for key in KEYS:
         server.script("mnist", key, [Fault(replacement=FLIPPED)])
-    read_all(lane=lane, verify_md5=True)
+    assert read_all(verified, lane=lane, verify_md5=True) == {"etag_md5": len(KEYS)}
     assert server.stats.requests["GET"] == 2 * len(KEYS)
 
 
@@ -183,13 +189,32 @@ async def test_body_that_never_has_its_md5_is_an_error_that_names_the_setting(se
             await fetcher.get(ObjectInfo("mnist", KEYS[0]))
 
 
-@pytest.mark.parametrize("etag", ["0" * 32 + "-2", "not-an-md5"])
-def test_etag_that_is_no_md5_is_not_compared(server, etag):
+NO_MD5 = {
+    "of parts": Fault.etag('"' + "0" * 32 + '-2"'),
+    "a store's own": Fault.etag('"not-an-md5"'),
+    "of SSE-KMS": replace(Fault.etag(f'"{"0" * 32}"'), extra_headers=(("x-amz-server-side-encryption", "aws:kms"),)),
+    "of SSE-C": replace(
+        Fault.etag(f'"{"0" * 32}"'), extra_headers=(("x-amz-server-side-encryption-customer-algorithm", "AES256"),)
+    ),
+}
+
+
+@LANES
+@pytest.mark.parametrize("etag", NO_MD5)
+def test_etag_that_is_no_md5_is_not_compared(server, etag, lane):
     for key in KEYS:
-        server.script("mnist", key, [Fault.etag(f'"{etag}"')], forever=True)
+        server.script("mnist", key, [NO_MD5[etag]], forever=True)
     uris = [f"s3://mnist/{key}" for key in KEYS]
-    with CachedS3MapDataset.from_objects(uris, transform=lambda file: file.read(), verify_md5=True) as dataset:
+    options = {"verify_md5": True, "lane": lane}
+    with CachedS3MapDataset.from_objects(uris, transform=lambda file: file.read(), **options) as dataset:
         assert dataset.__getitems__(range(12)) == [BODY] * 12
+        assert verified(dataset) == {"length_etag": 12}
+
+
+def test_checksum_counts_before_the_md5(server):
+    right = base64.b64encode(CHECKSUMS["sha256"](BODY)).decode()
+    server.script("mnist", None, [Fault(extra_headers=(("x-amz-checksum-sha256", right),))], forever=True)
+    assert read_all(verified, verify_md5=True) == {"checksum": 12}
 
 
 # to which address

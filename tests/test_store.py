@@ -251,6 +251,7 @@ NOT_STORED = {  # by the server itself, whoever asks
 }
 
 
+@pytest.mark.lean
 @pytest.mark.parametrize("oddity", ODD_KEYS)
 async def test_odd_key_is_one_key_on_both_lanes(backend, oddity):
     if oddity in NOT_STORED.get(backend.kind, ()):
@@ -307,6 +308,7 @@ async def test_what_is_missing_says_so(backend, warmed):
             await listed(store, "no-such-bucket")
 
 
+@pytest.mark.lean
 async def test_second_get_of_a_bucket_takes_the_lean_lane(real):
     real.put({f"lane/{number}": b"%d" % number for number in range(30)})
     async with real.store() as store:
@@ -317,6 +319,7 @@ async def test_second_get_of_a_bucket_takes_the_lean_lane(real):
         assert repr(store) == f"<S3Store {real.endpoint}: 29 lean and 1 full GETs>"
 
 
+@pytest.mark.lean
 async def test_store_can_be_used_again_after_it_was_closed(real):
     real.put({"again": b"x"})
     async with real.store() as store:
@@ -352,6 +355,7 @@ def aioboto3_session(access_key, secret_key):
     return aioboto3.Session(aws_access_key_id=access_key, aws_secret_access_key=secret_key, region_name="us-east-1")
 
 
+@pytest.mark.lean
 @pytest.mark.parametrize("make", [aiobotocore_session, aioboto3_session])
 async def test_session_of_the_user_brings_its_own_credentials(real, make):
     if make is aioboto3_session:
@@ -378,6 +382,7 @@ async def test_dates_of_a_listing_are_not_read_and_those_of_other_clients_are(s3
             assert isinstance(page["Contents"][0]["LastModified"], datetime.datetime)
 
 
+@pytest.mark.lean
 async def test_unsigned_requests_carry_no_credentials():
     with S3Server() as server, S3Server(credentials=(ACCESS_KEY, SECRET_KEY)) as closed:
         for place in (server, closed):
@@ -595,7 +600,7 @@ async def warm(fetcher, server, lane):
     server.reset_counts()
 
 
-LANES = pytest.mark.parametrize("lane", ["full", "lean"])
+LANES = pytest.mark.parametrize("lane", ["full", pytest.param("lean", marks=pytest.mark.lean)])
 HTML = b"<html><body><h1>502 Bad Gateway</h1></body></html>"
 SURVIVED = {
     "503 twice": [Fault.status(503), Fault.status(503)],
@@ -734,6 +739,7 @@ async def test_flipped_bit_is_found_by_the_checksum_the_server_sends(s3, lane, a
     assert s3.stats.gets["mnist", "k"] == 2
 
 
+@pytest.mark.lean
 async def test_rejected_answer_gives_its_connection_back(s3):
     rejected = [Fault.etag('"other"'), Fault.truncated(5), Fault.status(403), Fault.status(200, body=HTML)]
     rejected += [Fault.status(302, headers={"Location": "/mnist/other"})]
@@ -878,6 +884,7 @@ async def test_refused_connection_is_given_up_after_first_contact(operation):
     assert time.monotonic() - started < 2.5
 
 
+@pytest.mark.lean
 async def test_server_that_goes_away_is_waited_for_and_then_named():
     async with asyncio.timeout(10):
         with S3Server() as server:

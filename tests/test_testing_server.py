@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -11,6 +12,7 @@ import os
 import pickle
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -22,6 +24,7 @@ from xml.etree import ElementTree
 import boto3
 import minio
 import pytest
+import trustme
 from aiobotocore.session import get_session
 from botocore.config import Config
 from botocore.exceptions import ClientError
@@ -719,6 +722,74 @@ def test_unknown_operation_is_refused_in_both_forms(any_server):
         any_server.script("b", "k", [Fault()], operation="FETCH")
     with pytest.raises(ConfigurationError):
         any_server.script("b", "k", [], forever=True)
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory) -> tuple[os.PathLike[str], os.PathLike[str], os.PathLike[str]]:
+    """Files: a certificate for the loopback address, its key, and the authority that signed it."""
+    place, authority = tmp_path_factory.mktemp("tls"), trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    issued.cert_chain_pems[0].write_to_path(place / "certificate.pem")
+    issued.private_key_pem.write_to_path(place / "key.pem")
+    authority.cert_pem.write_to_path(place / "authority.pem")
+    return place / "certificate.pem", place / "key.pem", place / "authority.pem"
+
+
+@pytest.mark.parametrize("process", [False, True], ids=["thread", "process"])
+def test_tls_carries_what_plain_http_does(tls, process):
+    *pair, authority = tls
+    body = BODY * 500
+    with S3Server(tls=tuple(pair), process=process) as server:
+        assert server.endpoint.startswith("https://127.0.0.1:")
+        server.put_many("b", {"k": BODY, "large": body})
+        client = boto3.client("s3", verify=os.fspath(authority), **settings(server))
+        assert client.get_object(Bucket="b", Key="k")["Body"].read() == BODY
+        assert client.get_object(Bucket="b", Key="large")["Body"].read() == body
+        client.put_object(Bucket="b", Key="new", Body=body)
+        assert client.head_object(Bucket="b", Key="new")["ContentLength"] == len(body)
+        client.close()
+        assert server.stats.requests == {"GET": 2, "PUT": 1, "HEAD": 1}
+
+
+@pytest.mark.parametrize("fault", [Fault.reset(5000), Fault.close(5000), Fault.close(None)], ids=repr)
+def test_faults_end_connections_under_tls_too(tls, fault):
+    certificate, key, authority = tls
+    with S3Server(tls=(certificate, key)) as server:
+        server.put("b", "k", BODY)
+        server.script("b", "k", [fault])
+        context = ssl.create_default_context(cafile=authority)
+        with context.wrap_socket(connect(server), server_hostname="127.0.0.1") as connection:
+            connection.sendall(b"GET /b/k HTTP/1.1\r\n\r\n")
+            received = b""
+            with contextlib.suppress(OSError):
+                while piece := connection.recv(65536):
+                    received += piece
+        body = received.partition(b"\r\n\r\n")[2]
+        assert body == (BODY[: fault.after] if fault.after is not None else b"")
+        eventually(lambda: server.stats.connections_open == 0)
+
+
+def test_client_that_does_not_trust_it_harms_no_other(tls):
+    certificate, key, authority = tls
+    with S3Server(tls=(certificate, key)) as server:
+        server.put("b", "k", BODY)
+        with pytest.raises(ssl.SSLError), connect(server) as plain:
+            ssl.create_default_context().wrap_socket(plain, server_hostname="127.0.0.1")
+        with connect(server) as plain:
+            plain.sendall(b"GET /b/k HTTP/1.1\r\n\r\n")
+        client = boto3.client("s3", verify=os.fspath(authority), **settings(server))
+        assert client.get_object(Bucket="b", Key="k")["Body"].read() == BODY
+        client.close()
+
+
+def test_files_that_are_no_certificate_and_key_are_named(tls, tmp_path):
+    certificate, key, _ = tls
+    for pair in [(tmp_path / "none.pem", key), (key, certificate)]:
+        with pytest.raises(ConfigurationError, match=r"tls: .*\.pem and .*\.pem are no certificate"):
+            S3Server(tls=pair)
 
 
 # What it counts

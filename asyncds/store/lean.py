@@ -6,21 +6,19 @@ botocore's own signature of it, and from then on builds the request itself. What
 to the full lane, which explains it.
 """
 
-import base64
 import hashlib
 import hmac
 import ssl
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from asyncds.manifest import ObjectInfo
 from asyncds.store.base import Reserve
+from asyncds.store.integrity import matches_checksum
 from asyncds.store.wire import Answer, BrokenConnection, Done, Pool
 
 __all__ = ["Credentials", "LeanLane", "Template", "Why"]
@@ -34,7 +32,6 @@ _NOT_REPEATED = {"authorization", "x-amz-date", "x-amz-security-token", "if-matc
 _TO_BE_UNDERSTOOD = (0, 200, 206)
 _PATIENCE = 8  # answers in a row that were not understood: two requests for each object are no way to go on
 _ALGORITHM = "AWS4-HMAC-SHA256"
-_HEADER = b"x-amz-checksum-"
 
 
 @dataclass(frozen=True)
@@ -249,9 +246,16 @@ class LeanLane:
         return pool
 
     def judged(self, bucket: str, answer: Answer, part: slice | None = None) -> Answer:
-        """Count answers that were not understood, and refuse a whole body that fails its checksum."""
-        if part is None and answer.whole and not _matches_checksum(answer):
-            raise BrokenConnection("the body does not match its checksum")
+        """Count answers that were not understood, and compare a whole body with its checksum, if one came along.
+
+        Raises `BrokenConnection` for one that fails it.
+        """
+        if part is None and answer.whole:
+            matches = matches_checksum(answer.headers, answer.body)
+            if matches is False:
+                raise BrokenConnection("the body does not match its checksum")
+            if matches:
+                answer = answer._replace(checked=True)
         if answer.whole:
             self._misunderstood.pop(bucket, None)
         elif answer.status in _TO_BE_UNDERSTOOD:
@@ -268,37 +272,6 @@ class LeanLane:
         if second != self._stamp[0]:
             self._stamp = second, time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(second))
         return self._stamp[1]
-
-
-def _matches_checksum(answer: Answer) -> bool:
-    """Compare the checksum that the server sent along, if it is one of a whole object that can be computed here."""
-    for name, compute in _checksums().items():
-        expected = answer.headers.get(name)
-        if expected is not None and b"-" not in expected:
-            try:
-                return compute(answer.body) == base64.b64decode(expected)
-            except ValueError:  # that is no base64
-                return False
-    return True
-
-
-@cache
-def _checksums() -> dict[bytes, Callable[[bytes], bytes]]:
-    """What computes which header, the fastest first. Those that Python lacks come from `awscrt`, where that is there,
-    as they do for botocore."""
-    known: dict[bytes, Callable[[bytes], bytes]] = {}
-    try:
-        from awscrt import checksums
-    except ImportError:
-        pass
-    else:
-        if hasattr(checksums, "crc64nvme"):  # the younger one
-            known[_HEADER + b"crc64nvme"] = lambda body: checksums.crc64nvme(body).to_bytes(8, "big")
-        known[_HEADER + b"crc32c"] = lambda body: checksums.crc32c(body).to_bytes(4, "big")
-    known[_HEADER + b"crc32"] = lambda body: zlib.crc32(body).to_bytes(4, "big")
-    known[_HEADER + b"sha1"] = lambda body: hashlib.sha1(body, usedforsecurity=False).digest()
-    known[_HEADER + b"sha256"] = lambda body: hashlib.sha256(body).digest()
-    return known
 
 
 def _text(value: str | bytes) -> str:

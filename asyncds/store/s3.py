@@ -28,6 +28,7 @@ from asyncds.manifest import ObjectInfo, normalise_etag
 from asyncds.retry import Retry
 from asyncds.store.base import NoParts, Outcome, Reserve, failed, no_bound
 from asyncds.store.connection import Connection
+from asyncds.store.integrity import HowVerified, compare_md5
 from asyncds.store.lean import Credentials, LeanLane, Why
 from asyncds.store.translate import status_error, translate
 from asyncds.store.wire import Answer, Body, BrokenConnection
@@ -62,8 +63,9 @@ class S3Store:
     belong to that loop until `aclose()`, so that it can be forked. Pickles without keys: those of the environment count
     where it is unpickled. `session_factory` is a picklable callable that returns an `aioboto3.Session`
     or an aiobotocore session, which then brings the credentials. Listing and `head` are retried by `retry`; `get` is
-    one attempt. `lanes` counts the GETs that brought something, by lane: "lean", or why it was the full one (`Why`);
-    `on_lane` is told of each. With `lean=False` all take the full lane.
+    one attempt, and with `verify_md5=True` compares the MD5 of whole bodies with their ETag, where that is one. `lanes`
+    counts the GETs that brought something, by lane: "lean", or why it was the full one (`Why`); `on_get` is told of
+    each, and how what it brought was verified. With `lean=False` all take the full lane.
     """
 
     def __init__(
@@ -75,13 +77,15 @@ class S3Store:
         retry: Retry,
         session_factory: Callable[[], Any] | None = None,
         lean: bool = True,
-        on_lane: Callable[[str], None] | None = None,
+        verify_md5: bool = False,
+        on_get: Callable[[str, HowVerified], None] | None = None,
     ) -> None:
         self.connection = connection
         self._endpoint = connection.identity
         self.lanes = Counter[str]()
         self._may_be_lean = lean
-        self._on_lane = on_lane
+        self._verify_md5 = verify_md5
+        self._on_get = on_get
         self._loop: asyncio.AbstractEventLoop | None = None
         self._concurrency = concurrency
         self._timeout = timeout
@@ -97,7 +101,7 @@ class S3Store:
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = (self._concurrency, self._timeout, replace(self._retry, on_retry=None), self._session_factory)
-        return _rebuild, (self.connection, *options, self._may_be_lean)
+        return _rebuild, (self.connection, *options, self._may_be_lean, self._verify_md5)
 
     def __repr__(self) -> str:
         lean = self.lanes["lean"]
@@ -180,13 +184,13 @@ class S3Store:
             return "off"
         return "request" if self._lane is None else self._lane.why_not(bucket)
 
-    def _count(self, lane: str) -> None:
+    def _count(self, lane: str, verified: HowVerified) -> None:
         self.lanes[lane] += 1
         try:
-            if self._on_lane is not None:
-                self._on_lane(lane)
+            if self._on_get is not None:
+                self._on_get(lane, verified)
         except Exception:  # whoever waits for the object must not come to harm by that
-            _log.exception("a lane could not be counted")
+            _log.exception("a GET could not be counted")
 
     async def _lean(
         self, lane: LeanLane, info: ObjectInfo, reserve: Reserve, part: slice | None, *, fresh: bool = False
@@ -206,14 +210,22 @@ class S3Store:
         return None
 
     def _served(self, info: ObjectInfo, answer: Answer, part: slice | None = None) -> ObjectInfo:
-        """What a whole answer says that it carries."""
-        size = len(answer.body)
+        """What a whole answer says that it carries, verified."""
+        etag, size = normalise_etag(answer.headers.get(b"etag", b"").decode("latin-1")), len(answer.body)
+        _same_version(info, etag)
         if part is not None:
             size = _whole_size(answer.headers.get(b"content-range", b"").decode("latin-1"), part, info)
-        self._count("lean")
-        return ObjectInfo(
-            info.bucket, info.key, size, normalise_etag(answer.headers.get(b"etag", b"").decode("latin-1"))
-        )
+        verified: HowVerified = "checksum" if answer.checked else "length_etag"
+        if self._verify_md5 and part is None:
+            verified = self._compared(info, etag, partial(_header, answer), answer.body, verified)
+        self._count("lean", verified)
+        return ObjectInfo(info.bucket, info.key, size, etag)
+
+    def _compared(
+        self, info: ObjectInfo, etag: str | None, header: Callable[[str], str], body: bytes, so_far: HowVerified
+    ) -> HowVerified:
+        is_md5 = compare_md5(info.uri, etag, header, body)
+        return "etag_md5" if is_md5 and so_far == "length_etag" else so_far
 
     async def _again(self, lane: LeanLane, info: ObjectInfo) -> tuple[ObjectInfo, bytes]:
         """The same attempt, on a connection that nobody has used."""
@@ -221,9 +233,11 @@ class S3Store:
         return answer or await self._full(info, no_bound, None, "answer")
 
     def _answered(self, lane: LeanLane, info: ObjectInfo, outcome: Outcome, answer: Answer | BaseException) -> None:
+        served: ObjectInfo | None = None
         if not isinstance(answer, BaseException):
             try:
                 answer = lane.judged(info.bucket, answer)
+                served = self._served(info, answer) if answer.whole else None
             except Exception as error:
                 answer = error
         if isinstance(answer, BrokenConnection) and answer.untouched:
@@ -232,8 +246,8 @@ class S3Store:
             outcome.otherwise(failed(self._explained(answer, info.uri)))
         elif isinstance(answer, BaseException):
             outcome.otherwise(failed(answer))
-        elif answer.whole:
-            outcome.came(self._served(info, answer), answer.body)
+        elif served is not None:
+            outcome.came(served, answer.body)
         elif answer.status == 429 or answer.status >= 500:
             outcome.otherwise(failed(status_error(answer.status, "", info.uri)))
         else:
@@ -251,21 +265,23 @@ class S3Store:
             stream = answer["Body"]
             async with stream:  # from here on, whatever it is: else its connection is held until it is collected
                 served = normalise_etag(answer.get("ETag"))
-                if served is None:
-                    raise TransferFailed(f"{info.uri}: the answer has no ETag: it does not come from S3")
-                if info.etag is not None and served != info.etag:
-                    raise ObjectChanged(f"{info.uri}: its ETag is {served}, not {info.etag}")
+                _same_version(info, served)
                 size, expected = info.size, info
                 if part is not None:
                     size = _whole_size(answer.get("ContentRange", ""), part, info)
                     expected = info._replace(size=part.stop - part.start)
                 body = await self._read(stream, expected, answer, reserve)
+                # botocore compares a checksum while it is read: with a stream of its own, if it knows the algorithm.
+                verified: HowVerified = "checksum" if "Checksum" in type(stream).__name__ else "length_etag"
+                if self._verify_md5 and part is None:
+                    headers = answer["ResponseMetadata"]["HTTPHeaders"]
+                    verified = self._compared(info, served, lambda name: headers.get(name, ""), body, verified)
         except Exception as error:
             raise self._explained(error, info.uri) from error
         finally:
             _now_fetching.reset(reset)
             self._let_others_go(info.bucket)
-        self._count(why)
+        self._count(why, verified)
         return ObjectInfo(info.bucket, info.key, len(body) if part is None else size, served), body
 
     async def _read(self, stream: Any, info: ObjectInfo, answer: dict[str, Any], reserve: Reserve) -> bytes:
@@ -414,6 +430,17 @@ class S3Store:
         return arguments
 
 
+def _same_version(info: ObjectInfo, etag: str | None) -> None:
+    if etag is None:
+        raise TransferFailed(f"{info.uri}: the answer has no ETag: it does not come from S3")
+    if info.etag is not None and etag != info.etag:
+        raise ObjectChanged(f"{info.uri}: its ETag is {etag}, not {info.etag}")
+
+
+def _header(answer: Answer, name: str) -> str:
+    return answer.headers.get(name.encode(), b"").decode("latin-1")
+
+
 def _whole_size(content_range: str, part: slice, info: ObjectInfo) -> int:
     """The size of the object of which this is the part that was asked for."""
     span, _, size = content_range.removeprefix("bytes ").partition("/")
@@ -438,6 +465,7 @@ def _rebuild(
     retry: Retry,
     session_factory: Callable[[], Any] | None,
     lean: bool,
+    verify_md5: bool,
 ) -> S3Store:
     return S3Store(
         connection,
@@ -446,6 +474,7 @@ def _rebuild(
         retry=retry,
         session_factory=session_factory,
         lean=lean,
+        verify_md5=verify_md5,
     )
 
 

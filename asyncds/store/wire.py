@@ -36,12 +36,16 @@ _REPEATABLE = {b"vary", b"set-cookie", b"via", b"warning", b"link", b"server", b
 
 
 class Answer(NamedTuple):
-    """Status (0 for what is no HTTP/1.1), headers by lower-case name, and the body; empty unless `whole`."""
+    """Status (0 for what is no HTTP/1.1), headers by lower-case name, and the body; empty unless `whole`.
+
+    `checked` says that somebody has compared it with a checksum.
+    """
 
     status: int
     headers: dict[bytes, bytes]
     body: bytes
     whole: bool
+    checked: bool = False
 
 
 Done = Callable[["Answer | BaseException"], object]

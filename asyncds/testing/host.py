@@ -85,7 +85,7 @@ class Hosted:
 
     @property
     def endpoint(self) -> str:
-        """Where clients connect to: `http://127.0.0.1:PORT`."""
+        """Where clients connect to: `http://127.0.0.1:PORT`, or `https` where it speaks TLS."""
         self._running()
         return self._endpoint
 

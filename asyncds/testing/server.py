@@ -2,7 +2,9 @@
 
 import asyncio
 import math
+import os
 import random
+import ssl
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -66,8 +68,9 @@ class LogNormal:
 class _S3Service:
     """The server proper; everything here runs on one event loop."""
 
-    def __init__(self, latency: float | LogNormal, access: Access) -> None:
+    def __init__(self, latency: float | LogNormal, access: Access, tls: tuple[str, str] | None) -> None:
         self.latency = latency
+        self._tls = tls
         self._random = random.Random(0)
         self._access = access
         self._store = Store(access.region)
@@ -84,9 +87,13 @@ class _S3Service:
         self._stopping = False
 
     async def start(self) -> str:
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: Connection(self), "127.0.0.1", 0, backlog=_BACKLOG)
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        loop, context = asyncio.get_running_loop(), None
+        if self._tls is not None:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(*self._tls)
+        self._server = await loop.create_server(lambda: Connection(self), "127.0.0.1", 0, backlog=_BACKLOG, ssl=context)
+        scheme = "http" if context is None else "https"
+        return f"{scheme}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
         self._stopping = True
@@ -183,6 +190,9 @@ class S3Server(Hosted):
     AWS refuses them (signatures are not checked). Every answer waits `latency` seconds, or as many as a `LogNormal`
     says, to within about a millisecond, and does not hold up others.
 
+    With `tls=(certificate, key)`, the paths of two PEM files, it speaks TLS, and the endpoint begins with `https`.
+    Clients trust it where `AWS_CA_BUNDLE` names the file of the authority that signed the certificate.
+
     The server runs on a thread of this process, or with `process=True` in a child, which leaves this process's GIL
     alone and ends with it however it ends; prefer that where a test forks. Methods may be called from any thread of
     the process that opened the context; they return when the change is in force.
@@ -194,14 +204,16 @@ class S3Server(Hosted):
         latency: float | LogNormal = 0.0,
         region: str | None = None,
         credentials: tuple[str, str] | None = None,
+        tls: tuple[str | os.PathLike[str], str | os.PathLike[str]] | None = None,
         process: bool = False,
     ) -> None:
         super().__init__(process=process)
         self._latency = _checked_latency(latency)
         self._access = Access(region, credentials)
+        self._tls = None if tls is None else _checked_tls(*tls)
 
     def _factory(self) -> Factory:
-        return partial(_S3Service, self._latency, self._access)
+        return partial(_S3Service, self._latency, self._access, self._tls)
 
     @property
     def latency(self) -> float | LogNormal:
@@ -274,6 +286,15 @@ def _checked_latency(latency: float | LogNormal) -> float | LogNormal:
     if not isinstance(latency, LogNormal) and not 0 <= latency < float("inf"):
         raise ConfigurationError(f"latency is a number of seconds, at least 0, not {latency!r}")
     return latency if isinstance(latency, LogNormal) else float(latency)
+
+
+def _checked_tls(certificate: str | os.PathLike[str], key: str | os.PathLike[str]) -> tuple[str, str]:
+    paths = os.path.abspath(certificate), os.path.abspath(key)
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(*paths)
+    except OSError as error:  # an SSLError is one
+        raise ConfigurationError(f"tls: {paths[0]} and {paths[1]} are no certificate and its key: {error}") from error
+    return paths
 
 
 def _batches(objects: Mapping[str, bytes]) -> Iterable[dict[str, bytes]]:

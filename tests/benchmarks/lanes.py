@@ -1,12 +1,13 @@
 """What one GET costs the client: CPU and rate of asyncds' two lanes, and of the libraries that people use instead.
 
     python tests/benchmarks/lanes.py [--sizes 700,10000,110000,1000000] [--objects 3000] [--rounds 5] [--only obstore]
-        [--concurrency 64] [--environments .venv-peers] [--json lanes.json]
+        [--concurrency 64] [--tls 10000,1000000] [--environments .venv-peers] [--json lanes.json]
 
 Every run is a fresh process, contenders take turns, and the server counts the requests. The CPU is what the client's
 process uses, all of its threads, from the first GET to the last, after as many GETs as there are connections. That is
 signing, sending, parsing, and comparing the length; asyncds compares the ETag, too. A few bodies of each run are
-compared with what was stored. All that have an event loop have uvloop's. Prints a Markdown table for each size.
+compared with what was stored. All that have an event loop have uvloop's. Prints a Markdown table for each size, and for
+those of `--tls` another one, over TLS.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from measuring import (
     CREDENTIALS,
     Result,
     ceiling,
+    certificates,
     cpu_seconds,
     in_fresh_process,
     installed,
@@ -290,24 +292,26 @@ def measure(options: argparse.Namespace) -> None:
     from asyncds.testing import S3Server
 
     kept: list[Result] = []
-    for size in map(int, options.sizes.split(",")):
+    sizes = [(int(size), False) for size in options.sizes.split(",") if size]
+    sizes += [(int(size), True) for size in options.tls.split(",") if size]
+    for size, tls in sizes:
         objects = max(1, min(options.objects, options.bytes // size))
-        with S3Server(process=True) as server:
+        with certificates() if tls else nullcontext() as files, S3Server(process=True, tls=files) as server:
             server.put_many(BUCKET, {key_of(number): body_of(number, size) for number in range(objects)})
             os.environ |= CREDENTIALS | {"AWS_ENDPOINT_URL": server.endpoint}
             top = ceiling(server.endpoint, [f"/{BUCKET}/{key_of(number)}" for number in range(objects)], 16)
             results = in_turns(options, size, objects, server)
-        print(f"\n{objects:,} objects of {size:,} bytes; rounds: {options.rounds}; the server answers ", end="")
+        over = " over TLS" if tls else ""
+        print(f"\n{objects:,} objects of {size:,} bytes{over}; rounds: {options.rounds}; the server answers ", end="")
         print(f"{top:,.0f} GETs/s to a client that only counts bytes\n")
         print(table(HEADER, rows(results)), flush=True)
         kept += [
-            {"size": size, "contender": name, "round": number, "ceiling": top} | run
+            {"size": size, "tls": tls, "contender": name, "round": number, "ceiling": top} | run
             for name, runs in results.items()
             for number, run in enumerate(runs)
         ]
     print(f"\n{CORES} cores, which the server shares; {options.concurrency} GETs in flight at most, and in threads as")
     print(f"many as there are; {', '.join(sorted({run['version'] for run in kept if 'version' in run}))}.")
-    print("Without TLS, which asyncds.testing.S3Server does not speak.")
     if options.json:
         options.json.write_text(json.dumps(kept, indent=1))
 
@@ -315,6 +319,7 @@ def measure(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="700,10000,110000,1000000", help="bytes of an object")
+    parser.add_argument("--tls", default="10000,1000000", help="of these also over TLS; '' for none")
     parser.add_argument("--objects", type=int, default=3000, help="objects of a run")
     parser.add_argument("--bytes", type=int, default=300_000_000, help="bytes of a run at most: fewer objects then")
     parser.add_argument("--rounds", type=int, default=5)

@@ -9,12 +9,13 @@ import selectors
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self, cast
@@ -113,6 +114,22 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
+@contextlib.contextmanager
+def certificates() -> Iterator[tuple[Path, Path]]:
+    """Files of a server on the loopback address: a certificate and its key; clients that are asked to trust it do."""
+    import trustme
+
+    with tempfile.TemporaryDirectory() as folder:
+        place, authority = Path(folder), trustme.CA()
+        issued = authority.issue_cert("127.0.0.1")
+        issued.cert_chain_pems[0].write_to_path(place / "certificate.pem")
+        issued.private_key_pem.write_to_path(place / "key.pem")
+        authority.cert_pem.write_to_path(place / "authority.pem")
+        # boto, and what asyncds learns from it, take the one; what is written in Rust and C the other, if they can.
+        os.environ |= dict.fromkeys(["AWS_CA_BUNDLE", "SSL_CERT_FILE"], str(place / "authority.pem"))
+        yield place / "certificate.pem", place / "key.pem"
+
+
 def installed(package: str) -> str:
     try:
         return f"{package} {version(package)}"
@@ -138,11 +155,14 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 def ceiling(endpoint: str, paths: Sequence[str], connections: int, seconds: float = 1.0) -> float:
     """GETs per second that the server answers to a client that does next to nothing, on so many connections."""
     place = urlsplit(endpoint).hostname, urlsplit(endpoint).port
+    tls = ssl.create_default_context(cafile=os.environ["AWS_CA_BUNDLE"]) if endpoint.startswith("https") else None
     requests = itertools.cycle(f"GET {path} HTTP/1.1\r\nhost: {place[0]}\r\n\r\n".encode() for path in paths)
     buffer, got = bytearray(1 << 20), 0
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
         for _ in range(connections):
             connection = stack.enter_context(socket.create_connection(place))
+            if tls is not None:
+                connection = stack.enter_context(tls.wrap_socket(connection, server_hostname=place[0]))
             connection.sendall(next(requests))
             selector.register(connection, selectors.EVENT_READ, [0])  # bytes that are missing
         started = time.perf_counter()
@@ -150,6 +170,8 @@ def ceiling(endpoint: str, paths: Sequence[str], connections: int, seconds: floa
             for key, _ in selector.select():
                 connection, missing = cast(socket.socket, key.fileobj), key.data
                 count = connection.recv_into(buffer)
+                while isinstance(connection, ssl.SSLSocket) and connection.pending():
+                    count += connection.recv_into(memoryview(buffer)[count:])
                 missing[0] = (missing[0] or _length(buffer[:count])) - count
                 if missing[0]:
                     continue
