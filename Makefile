@@ -5,12 +5,15 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 OLDEST := $(abspath $(VENV))-oldest
 PEERS ?= $(abspath $(VENV))-peers
+SERVERS := $(abspath $(VENV))-servers
+MINIO := github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c
+export PATH := $(SERVERS):$(PATH)
 BRINGING := store fetcher express large dataset failures errors bad_input
 USING := workers life processes lookahead ranks cli vision
 PARALLEL := --numprocesses 2 --dist worksteal
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint test-newest test-oldest test-full-lane test-thorough bench bench-peers clean
+.PHONY: help demo test lint test-newest test-oldest test-full-lane test-thorough bench bench-peers servers clean
 
 help:
 	@echo "make demo    train on handwritten digits from a local S3 server, and see the difference"
@@ -18,6 +21,7 @@ help:
 	@echo "make test-thorough  what varies these at length, and Lightning and Accelerate (ten minutes more)"
 	@echo "make bench   cold and warm epochs beside one request per sample, and beside local files; memory"
 	@echo "make bench-peers  the same beside other libraries, in environments of their own, and one GET by itself"
+	@echo "make servers  build MinIO from source, which takes Go and some minutes; what then runs on it is skipped otherwise"
 	@echo "make clean   delete the environments"
 
 demo: $(VENV)/.demo
@@ -59,8 +63,14 @@ bench-peers: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/lanes.py --environments $(PEERS)
 	$(BIN)/python tests/benchmarks/peers.py --environments $(PEERS)
 
+servers: $(SERVERS)/minio
+
+# The community's MinIO is distributed as source.
+$(SERVERS)/minio:
+	GOBIN=$(SERVERS) go install $(MINIO)
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEERS)
+	rm -rf $(VENV) $(OLDEST) $(PEERS) $(SERVERS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -28,7 +28,7 @@ SIGNATURE_KINDS = ["minio", "rclone"]
 
 def skip_unless_installed(kind: str) -> None:
     if kind == "minio" and shutil.which("minio") is None:
-        pytest.skip("put the `minio` binary on PATH (https://min.io/download)")
+        pytest.skip("MinIO is not there: `make servers` builds it, which takes Go")
 
 
 @pytest.fixture(scope="module", params=KINDS)

