@@ -17,7 +17,7 @@ class Advance(Protocol):
     """Moves a bar on."""
 
     def __call__(self, count: int = 1, *, note: str = "") -> None:
-        """Count more, and replace what is written behind the bar unless `note` is empty."""
+        """Count more, and replace what is written below the bar unless `note` is empty."""
         ...
 
 
@@ -31,7 +31,7 @@ def progress_bar(
         yield lambda count=1, *, note="": None
         return
     with _same_random_numbers():
-        from rich.console import Console
+        from rich.console import Console, RenderableType
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -40,10 +40,21 @@ def progress_bar(
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
+        from rich.table import Column
+        from rich.text import Text
+
+    class Noted(Progress):
+        """A bar with a line below it: on one line, a terminal of 80 columns would have no room for both."""
+
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield from super().get_renderables()
+            yield from (Text(f"  {task.fields['note']}") for task in self.tasks if task.fields["note"])
+
     console = Console(stderr=True)
-    text = [TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn(unit)]
+    name = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+    text = [name, BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn(unit)]
     clock = TimeElapsedColumn() if total is None else TimeRemainingColumn()
-    with Progress(*text, TextColumn("{task.fields[note]}"), clock, console=console, transient=True) as progress:
+    with Noted(*text, clock, console=console, transient=True) as progress:
         task, waiting, last, last_note = progress.add_task(title, total=total, note=""), 0, 0.0, ""
 
         def advance(count: int = 1, *, note: str = "") -> None:
