@@ -45,6 +45,7 @@ _CREDENTIALS = (
     ("MINIO_ACCESS_KEY", "MINIO_SECRET_KEY"),
 )
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+_URLS = {"endpoint_s3", "endpoint", "minio_url"}
 
 
 def size(value: object) -> object:
@@ -254,18 +255,21 @@ class Settings(BaseSettings):
     def explained(self) -> list["Setting"]:
         """Every setting, with the environment and the `.env` file read once more to tell where its value comes from."""
         kind = type(self)
-        layers = _layers(EnvSettingsSource(kind), DotEnvSettingsSource(kind, env_file=self._dotenv))
-        return [self._explained(name, field, layers) for name, field in kind.model_fields.items()]
+        sources = EnvSettingsSource(kind), DotEnvSettingsSource(kind, env_file=self._dotenv)
+        places = [*zip(("environment", str(self._dotenv)), sources, _layers(*sources), strict=True)]
+        return [self._explained(name, field, places) for name, field in kind.model_fields.items()]
 
-    def _explained(self, name: str, field: FieldInfo, layers: "tuple[_Layer, _Layer]") -> "Setting":
-        variables, origin = _variables(name, field), "default"
-        for place, layer in zip(("environment", str(self._dotenv)), layers, strict=True):
-            found = [variable for variable in variables if layer.keys() & {variable, name}]
-            if found and origin == "default":
-                origin = f"{place}: {found[0]}"
+    def _explained(
+        self, name: str, field: FieldInfo, places: "list[tuple[str, EnvSettingsSource, _Layer]]"
+    ) -> "Setting":
+        variables, value, origins = _variables(name, field), getattr(self, name), ["default"]
+        for place, source, layer in reversed(places):
+            if layer.keys() & {name, *variables}:
+                set_there = [variable for variable in variables if source.env_vars.get(variable.lower())]
+                origins.append(f"{place}: {set_there[0]}")
         if name in self._arguments:
-            origin = "argument"
-        return Setting(name, variables, _shown(getattr(self, name)), origin, field.description or "")
+            origins.append("argument")
+        return Setting(name, variables, _shown(name, value), origins[-1], field.description or "")
 
     def with_defaults(self, **values: Any) -> "Settings":
         """Return a copy in which `values` replace what neither arguments nor environment have set."""
@@ -286,11 +290,13 @@ def _layers(environment: Callable[[], _Layer], file: Callable[[], _Layer]) -> tu
     return strongest, weakest
 
 
-def _shown(value: Any) -> Any:
+def _shown(name: str, value: Any) -> Any:
     """A value without secrets: also not those that somebody wrote into a URL."""
     if isinstance(value, SecretStr):
         return "***"
-    return re.sub(r"(^|//)[^/]*@", r"\1***@", str(value)) if isinstance(value, str | Path) else value
+    if isinstance(value, str) and name in _URLS:
+        return re.sub(r"^(\w+://)?.*@", r"\1***@", value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def _warn_of_misspelt(variables: Iterable[str]) -> None:

@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     seconds: float | None = None
 
     def __str__(self) -> str:
-        text = f"{self.objects:,} objects: {self.resident:,} are cached; {self.lists:,} LISTs and {self.gets:,} GETs"
+        text = f"{self.objects:,} objects: {self.resident:,} are cached; LIST {self.lists:,}, GET {self.gets:,}"
         text += f" would bring {self.bytes / 1e6:,.1f} MB"
         if self.seconds is not None:
             text += f" in {self.seconds:,.1f} s or more"

@@ -3,6 +3,7 @@
 import re
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ def ls(uri: str | None, changes: bool, cache_dir: Path | None, as_json: bool, **
     with opened(cache_dir) as cache:
         held = _named(cache, uri) if uri else cache.datasets()
         rows = [_described(cache, each) for each in held]
+        rows = [row for row in rows if row["objects"] or row["listed"] or row["in_use"]]
     if as_json:
         print_json({"cache": str(cache.directory), "datasets": rows})
     elif rows:
@@ -85,16 +87,14 @@ def _changes(uri: str, place: Path | None, as_json: bool, store: dict[str, Any])
     from asyncds.recipe import StoreRecipe
     from asyncds.source import Source
 
-    bucket, prefix = parse_uri(uri)
-    recipe = StoreRecipe.of(**store | ({} if place is None else {"cache_dir": place}))
-    source = Source(recipe, f"s3://{bucket}/{prefix}")
-    try:
-        saved = saved_listing(source.cache, source.tag)
-        if saved is None:
-            raise CacheError(f"{source.tag}: no listing of it is saved; `asyncds warm` saves one")
+    name = "s3://{}/{}".format(*parse_uri(uri))
+    with opened(place) as cache:
+        recipe = StoreRecipe.of(**store, cache_dir=cache.directory.parent)
+        saved = saved_listing(cache, f"{name} at {recipe.identity}")
+    if saved is None:
+        raise CacheError(f"{name} at {recipe.identity}: no listing of it is saved; `asyncds warm` saves one")
+    with closing(Source(recipe, name)) as source:
         found = changes(saved, source.list_anew())
-    finally:
-        source.close()
     if as_json:
         print_json({"dataset": source.tag} | found._asdict())
         return
@@ -199,9 +199,11 @@ def clear(
         cleared, kept = _cleared(cache, chosen, force)
     if as_json:
         print_json({"cache": str(cache.directory), "cleared": cleared, "kept": kept})
-    elif not kept or cleared:
+    else:
         size = sum(row["bytes"] for row in cleared)
-        click.echo(f"{cache.directory}: {len(cleared):,} datasets removed, {size / 1e6:,.1f} MB freed")
+        click.echo(
+            f"{cache.directory}: {len(cleared):,} of {len(chosen):,} datasets removed, {size / 1e6:,.1f} MB freed"
+        )
     for name in kept:
         click.echo(f"error: {name} is in use: it stays; end its processes, or give --force", err=True)
     if kept:
@@ -215,7 +217,8 @@ def _confirm(chosen: "list[Held]") -> None:
         click.echo(f"{held.name}: {held.objects:,} objects, {held.bytes / 1e6:,.1f} MB")
     if len(chosen) > _SHOWN:
         click.echo(f"… and {len(chosen) - _SHOWN:,} more")
-    click.confirm("Remove?", abort=True)
+    if not click.confirm("Remove?"):
+        raise SystemExit(1)
 
 
 def _cleared(cache: "Cache", chosen: "list[Held]", force: bool) -> tuple[list[dict[str, Any]], list[str]]:

@@ -54,7 +54,11 @@ def print_table(names: Sequence[str], rows: Sequence[Sequence[str]], *, right: b
         )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False, width=None if sys.stdout.isatty() else _UNFOLDED).print(table)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _UNFOLDED)
+    with console.capture() as printed:
+        console.print(table)
+    for line in printed.get().splitlines():
+        click.echo(line.rstrip())
 
 
 @contextmanager
