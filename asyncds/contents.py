@@ -10,6 +10,7 @@ from asyncds.errors import ConfigurationError
 from asyncds.listing import saved_at
 from asyncds.lookup import resident
 from asyncds.manifest import Manifest, ObjectInfo, encode
+from asyncds.progress import progress_bar
 from asyncds.stats import Counters, percentiles
 
 __all__ = ["Changes", "changes", "completeness", "counted", "forget_listing", "saved_listing"]
@@ -45,8 +46,11 @@ def completeness(cache: Cache, name: str) -> tuple[int, int] | None:
     if listing is None:
         return None
     endpoint, cached = name.rpartition(_SEPARATOR)[2], 0
-    for start in range(0, len(listing), _LOOKUP):
-        cached += sum(resident(cache, endpoint, listing[start : start + _LOOKUP]))
+    with progress_bar(f"looking for {name}", len(listing)) as advance:
+        for start in range(0, len(listing), _LOOKUP):
+            infos = listing[start : start + _LOOKUP]
+            cached += sum(resident(cache, endpoint, infos))
+            advance(len(infos))
     return cached, len(listing)
 
 

@@ -424,7 +424,9 @@ class Source:
     def plan(self, selection: Selection) -> Plan:
         """What `warm` would do. Lists, unless a saved listing will do, and measures the round trip by HEADs."""
         manifest, runtime = self.manifest, self.runtime()
-        plan, one = planned(self.cache, self.endpoint, manifest, selection.rows(manifest))
+        rows = selection.rows(manifest)
+        with progress_bar(f"looking for {self._uri}", len(rows), show=self.progress) as advance:
+            plan, one = planned(self.cache, self.endpoint, manifest, rows, advance)
         if one is None:
             return plan._replace(lists=self._lists, seconds=0.0)
         trip = runtime.portal.call(_round_trip(runtime.store, one))

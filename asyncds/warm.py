@@ -112,7 +112,9 @@ class Missing:
         return info.size <= room and self._admits(info.size)
 
 
-def planned(cache: Cache, endpoint: str, manifest: Manifest, rows: NDArray[np.int64]) -> tuple[Plan, ObjectInfo | None]:
+def planned(
+    cache: Cache, endpoint: str, manifest: Manifest, rows: NDArray[np.int64], advance: Advance
+) -> tuple[Plan, ObjectInfo | None]:
     """What warming these rows would take, and one of the objects that it would bring. Nothing is touched."""
     cached, gets, size, one = 0, 0, 0, None
     for start in range(0, len(rows), _LOOKUP):
@@ -124,6 +126,7 @@ def planned(cache: Cache, endpoint: str, manifest: Manifest, rows: NDArray[np.in
         size += sum(sizes)
         gets += sum(-(-each // PART) if each > LARGE else 1 for each in sizes)
         one = one or next(iter(missing), None)
+        advance(len(infos))
     return Plan(len(rows), cached, 0, gets, size, cache.room()), one
 
 

@@ -63,9 +63,18 @@ def test_quiet_warm_prints_nothing(bucket):
     assert run("warm", "s3://mnist/train", "--quiet") == (0, "", "")
 
 
-def test_warm_draws_a_bar_in_a_terminal(bucket):
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], [b"listing s3://mnist/train", b"warming s3://mnist/train", b"30/30", b" MB/s, 0 failed, "]),
+        (["--dry-run"], [b"listing s3://mnist/train", b"looking for s3://mnist/train", b"30/30"]),
+        (["--partition", "1/2"], []),
+        (["--quiet"], []),
+    ],
+)
+def test_warm_draws_a_bar_in_a_terminal(bucket, arguments, expected):
     reader, writer = os.openpty()
-    with start("warm", "s3://mnist/train", stderr=writer) as process:
+    with start("warm", "s3://mnist/train/", *arguments, stderr=writer) as process:
         os.close(writer)
         drawn = b""
         try:
@@ -75,8 +84,8 @@ def test_warm_draws_a_bar_in_a_terminal(bucket):
             pass
         os.close(reader)
     assert process.returncode == 0
-    assert b"warming s3://mnist/train" in drawn
-    assert b"30/30" in drawn
+    assert [text in drawn for text in expected] == [True] * len(expected)
+    assert bool(drawn) == bool(expected)
 
 
 def test_warm_names_what_failed_and_exits_with_one(bucket):
@@ -499,6 +508,14 @@ def test_clear_spares_what_a_living_process_holds_unless_forced(two):
         assert dataset.__getitems__(range(30)) == [key.encode() * 9 for key in sorted(KEYS)]
         assert two.stats.requests == {"GET": 30}
     assert run("verify")[0] == 0
+
+
+def test_clear_spares_what_a_living_process_uses_as_part_of_another_dataset(two):
+    with CachedS3MapDataset.from_prefix("s3://mnist/train/1/", transform=lambda file: file.read()) as dataset:
+        assert len(dataset) == 10
+        code, _, errors = run("clear", "s3://mnist/train/", "--yes")
+        assert (code, errors.startswith(f"error: {name_of(two, 'train/')} is in use: it stays")) == (1, True)
+    assert run("clear", "s3://mnist/train/", "--yes")[0] == 0
 
 
 @pytest.mark.parametrize(

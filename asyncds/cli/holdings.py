@@ -226,13 +226,22 @@ def _cleared(cache: "Cache", chosen: "list[Held]", force: bool) -> tuple[list[di
 
     cleared, kept = [], []
     for held in chosen:
-        freed = cache.clear(held.name, force=force)
+        freed = None if not force and _is_shared(cache, held.name) else cache.clear(held.name, force=force)
         if freed is None:
             kept.append(held.name)
             continue
         forget_listing(cache, held.name)
         cleared.append({"dataset": held.name, "objects": held.objects, "bytes": freed})
     return cleared, kept
+
+
+def _is_shared(cache: "Cache", name: str) -> bool:
+    """Whether a dataset that is in use has objects in common with this one: one prefix lies below the other."""
+    uri, _, endpoint = name.rpartition(" at ")
+    in_use = [held.name.rpartition(" at ") for held in cache.datasets() if held.in_use]
+    return any(
+        endpoint == other and (uri.startswith(other_uri) or other_uri.startswith(uri)) for other_uri, _, other in in_use
+    )
 
 
 def _named(cache: "Cache", name: str) -> "list[Held]":

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,7 @@ def _source(
         source = Source(recipe, uri)
     else:  # listing ends early
         source = Source(recipe, uri, match=selection.keeps, limit=selection.first)
-    source.progress = progress
+    source.progress = progress and selection.part[0] == 0  # processes that share the work share a terminal, too
     return source
 
 
@@ -139,7 +140,7 @@ def _warmed(source: "Source", selection: "Selection", uri: str, quiet: bool) -> 
     import warnings
 
     warnings.filterwarnings("ignore", "the cache in .* is full")  # the report says how much did not fit
-    report: WarmReport = _listed(source, source.warm, selection)
+    report: WarmReport = _listed(source, partial(source.warm, progress=source.progress), selection)
     if not quiet:
         click.echo(f"{uri}: {report}")
     for failure in report.failures[:_FAILURES_SHOWN]:
