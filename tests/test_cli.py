@@ -124,6 +124,7 @@ def test_warm_that_is_ended_at_any_moment_fetches_nothing_twice_that_was_committ
     keys = [f"many/{place:04}" for place in range(600)]
     bucket.put_many("mnist", {key: key.encode() * 50 for key in keys})
     bucket.latency = 0.005
+    bucket.script("mnist", keys[-1], [Fault.stall()], forever=True)  # no run comes to its end before it is ended
     infos, committed = CachedS3MapDataset.from_prefix("s3://mnist/many/").manifest[:], 0
     for seen in (50, 250, 400):
         with start("warm", "s3://mnist/many/", "--concurrency", "8", "--quiet", start_new_session=True) as process:
@@ -137,6 +138,7 @@ def test_warm_that_is_ended_at_any_moment_fetches_nothing_twice_that_was_committ
         cache.close()
         assert committed <= sum(there) < 600
         committed = sum(there)
+    bucket.clear_scripts()
     bucket.reset_counts()
     assert run("warm", "s3://mnist/many/", "--quiet") == (0, "", "")
     missing = {("mnist", info.key): 1 for info, was in zip(infos, there, strict=True) if not was}
