@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncds import audit
-from asyncds.clearing import Clearing
+from asyncds.clearing import Clearing, Held
 from asyncds.entry import FIRST_SEEN, Entry, NewEntry, entry_key, pack_header, pack_header_of, read_entry, unpack
 from asyncds.errors import CacheError
 from asyncds.files import NewFile, Written
@@ -319,6 +319,24 @@ class Cache:
         self._clearing.release(tag)
 
     # upkeep
+
+    def datasets(self) -> list[Held]:
+        """Return what there is of each dataset, by name. Raises `CacheError` if that cannot be read."""
+        try:
+            return self._clearing.datasets()
+        except FAULTS as error:
+            raise CacheError(f"{self.directory} cannot be read ({error}): nothing is known of it") from None
+
+    def clear(self, tag: str, *, force: bool = False) -> int | None:
+        """Remove a dataset, and return how many bytes that freed; None, and nothing is done, if a living process holds
+        it, unless `force`. Raises `CacheError` if it cannot be removed.
+        """
+        if self.read_only:
+            raise CacheError(f"{self.directory} is read-only: nothing in it can be removed")
+        try:
+            return self._clearing.clear(tag, force=force)
+        except FAULTS as error:
+            raise CacheError(f"{self.directory}: {tag} cannot be removed ({error})") from None
 
     def sweep(self) -> int:
         """Delete files that no row names and nobody is writing, and return how many bytes that freed.

@@ -9,16 +9,30 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 from asyncds.entry import FIRST_SEEN
 from asyncds.folder import Folder, read
 
-__all__ = ["Clearing"]
+__all__ = ["Clearing", "Held"]
 
 _ROWS_AT_ONCE = 500
 _SECONDS_BETWEEN = 30.0
 _SECONDS_OF_CLEARING = 10.0
 _CLEARING = b"\0clearing"  # no dataset is called that
+
+
+class Held(NamedTuple):
+    """What a cache has of a dataset: objects that it brought, and bytes on disk; `used` is a time as of `time.time()`.
+
+    `in_use` says whether a living process holds it.
+    """
+
+    name: str
+    objects: int
+    bytes: int
+    used: float | None
+    in_use: bool
 
 
 class Clearing:
@@ -98,19 +112,55 @@ class Clearing:
             self._folder.datasets.release(_CLEARING)
         return freed
 
+    def datasets(self) -> list[Held]:
+        """All datasets that have brought something, or were used, by name. May raise what the index raises."""
+        version = "substr(key, 17) != zeroblob(16)"  # not the notes of which was seen first
+        sums = f"SELECT tag, sum({version}), sum(size + ifnull(length(value), 0)) FROM Cache GROUP BY tag"
+        rows = {str(tag or ""): (objects, size) for tag, objects, size in self._folder.query(sums)}
+        used = {name: when for when, name in self._notes()}
+        names = sorted(rows.keys() | used.keys())
+        return [Held(name, *rows.get(name, (0, 0)), used.get(name), self._in_use(name)) for name in names]
+
+    def clear(self, tag: str, *, force: bool = False) -> int | None:
+        """Remove a dataset, and return how many bytes that frees.
+
+        None if a living process holds it, unless `force`: then that process finds misses. May raise what the disk or
+        the index raise.
+        """
+        alone, freed = self._folder.datasets.take(_bytes(tag)), 0
+        if not alone and not force:
+            return None
+        try:
+            for rows in self._rows_of(tag):
+                freed += self._drop(rows)
+            if alone:
+                self._note(tag).unlink(missing_ok=True)
+        finally:
+            if alone:
+                self._folder.datasets.release(_bytes(tag))
+        return freed
+
+    def _in_use(self, tag: str) -> bool:
+        free = self._folder.datasets.take(_bytes(tag))
+        if free:
+            self._folder.datasets.release(_bytes(tag))
+        return not free
+
     def _of_nobody(self, tag: str) -> Iterator[list[int]]:
         """Numbers of rows that may go, some at a time."""
         yield from self._older_versions()
         for name in self._unheld(tag):
             try:
-                last = 0
-                own = "SELECT rowid FROM Cache WHERE rowid > ? AND tag = ? ORDER BY rowid LIMIT ?"
-                while rows := self._folder.query(own, last, name, _ROWS_AT_ONCE):
-                    yield [row for (row,) in rows]
-                    last = rows[-1][0]
+                yield from self._rows_of(name)
                 self._note(name).unlink(missing_ok=True)
             finally:
                 self._folder.datasets.release(_bytes(name))
+
+    def _rows_of(self, tag: str) -> Iterator[list[int]]:
+        last, own = 0, "SELECT rowid FROM Cache WHERE rowid > ? AND ifnull(tag, '') = ? ORDER BY rowid LIMIT ?"
+        while rows := self._folder.query(own, last, tag, _ROWS_AT_ONCE):
+            yield [row for (row,) in rows]
+            last = rows[-1][0]
 
     def _older_versions(self) -> Iterator[list[int]]:
         """All but the version that was stored last, except where an unlisted object is known by its first."""
@@ -130,13 +180,17 @@ class Clearing:
 
     def _unheld(self, tag: str) -> Iterator[str]:
         """Datasets, held alone while they are dealt with; the one used least recently first."""
+        for _, name in sorted(self._notes()):
+            if name != tag and self._folder.datasets.take(_bytes(name)):
+                yield name
+
+    def _notes(self) -> list[tuple[float, str]]:
+        """When which dataset was used last."""
         used = []
         for path in (self._folder.directory / "datasets").glob("*.json"):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 used.append((path.stat().st_mtime, str(json.loads(read(path))["dataset"])))
-        for _, name in sorted(used):
-            if name != tag and self._folder.datasets.take(_bytes(name)):
-                yield name
+        return used
 
     def _drop(self, rows: Sequence[int]) -> int:
         """Remove rows, then their files, and return how many bytes that frees."""

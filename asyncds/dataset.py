@@ -23,6 +23,7 @@ from asyncds.lookahead import Batch, Horizon, ReadsAhead
 from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, parse_uri
 from asyncds.reader import S3Reader
 from asyncds.recipe import StoreRecipe
+from asyncds.selection import Choice, Selection
 from asyncds.settings import Options, or_close_to
 from asyncds.source import Source
 from asyncds.stats import percentiles
@@ -387,13 +388,19 @@ class CachedS3MapDataset(ReadsAhead):
 
     # around training
 
-    def warm(self, *, progress: bool = True) -> WarmReport:
+    def warm(self, *, progress: bool = True, **choice: Unpack[Choice]) -> WarmReport:
         """Download everything that is not in the cache yet, and return what was found and done.
 
         Warms the whole of what the dataset was made from, also when called on a subset. Interrupted, it keeps what
         arrived, and goes on from there when called again. Objects that cannot be had are named in `failures`.
+
+        Less than the whole is chosen by `match` and `exclude`, globs of keys, one or several, in which `*` also spans
+        `/`; by `limit`, a number of objects, a share of them such as `"10%"`, or bytes such as `"5GB"`, in the order
+        `"listing"`, `"smallest"` or `"shuffle"` (by `seed`); and by `partition`, where several processes of a node warm
+        one cache: `"i/n"`, or `"auto"` under torchrun, Slurm and Open MPI. A sum of datasets is chosen from one by one.
         """
-        reports = [source.warm(progress=progress) for source in self._sources()]
+        selection = Selection.of(**choice)
+        reports = [source.warm(selection, progress=progress) for source in self._sources()]
         return WarmReport(
             sum(r.objects for r in reports),
             sum(r.resident for r in reports),

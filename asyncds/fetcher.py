@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from asyncds.cache import Cache, LargeEntry
 from asyncds.download import Downloader, Express, Memory, SizeTold, Slots
@@ -16,12 +16,15 @@ from asyncds.errors import AsyncdsError, ConfigurationError, DatasetClosed, Obje
 from asyncds.index import FAULTS
 from asyncds.large import LARGE, StoredBody
 from asyncds.lookup import Fetched, lookup
-from asyncds.manifest import ObjectInfo
+from asyncds.manifest import Manifest, ManifestBuilder, ObjectInfo
 from asyncds.prefetch import Place, Prefetch
+from asyncds.progress import progress_bar
 from asyncds.recipe import StoreRecipe
 from asyncds.retry import Retry
+from asyncds.selection import Choice, Selection
 from asyncds.stats import Counters
 from asyncds.store.base import First, NoParts, ObjectStore
+from asyncds.warm import Missing, WarmReport, warm
 from asyncds.writer import Writer
 
 __all__ = ["Fetched", "Fetcher"]
@@ -44,6 +47,15 @@ def _chunks(infos: Iterable[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
     source = iter(infos)
     while chunk := list(islice(source, _LOOKUP)):
         yield chunk
+
+
+def _table(infos: Iterable[ObjectInfo]) -> Manifest:
+    if isinstance(infos, Manifest):
+        return infos
+    builder = ManifestBuilder()
+    for info in infos:
+        builder.add(info)
+    return builder.build(endpoint="", source="objects")
 
 
 Key = tuple[str, str, str | None]  # bucket, key and ETag
@@ -226,6 +238,7 @@ class Fetcher:
         self._closed = False
         self._at_end = contextlib.ExitStack()
         self._done = self._failed = 0
+        self.uncached = 0  # objects that the cache did not take
 
     @classmethod
     def open(cls, **options: Any) -> Self:
@@ -257,6 +270,11 @@ class Fetcher:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+    @property
+    def in_flight(self) -> int:
+        """Objects that were sent for, and have not arrived."""
+        return min(self._unarrived, self._concurrency)
 
     async def get(self, info: ObjectInfo) -> Fetched:
         """Return one object, from the cache or the store.
@@ -298,6 +316,23 @@ class Fetcher:
                 yield await window.next()
         finally:
             window.close()
+
+    async def warm(
+        self, infos: Iterable[ObjectInfo], *, progress: bool = False, **choice: Unpack[Choice]
+    ) -> WarmReport:
+        """Bring into the cache what it does not have of these, such as a `Manifest`, and return what was done.
+
+        `choice` selects: `match`, `exclude`, `limit`, `order`, `seed` and `partition`, as for `dataset.warm`.
+        Cancelled, it keeps what arrived, and goes on from there when called again. Objects that cannot be had are named
+        in `failures`; a store that cannot be reached at all raises.
+        """
+        if self._cache is None:
+            raise ConfigurationError("a fetcher without a cache has nothing to warm")
+        selection, manifest = Selection.of(**choice), _table(infos)
+        rows = selection.rows(manifest)
+        missing = Missing(self._cache, self._store.endpoint, manifest, rows, self._admits, self._tag)
+        with progress_bar(f"warming {manifest.source}", len(rows), show=progress) as advance:
+            return await warm(self, missing, advance)
 
     def start(self, info: ObjectInfo) -> Flight:
         """Start a download, or join the one under way. Does not look into the cache."""
@@ -503,7 +538,9 @@ class Fetcher:
             self._land(flight, stored=False, error=error)
 
     def _stored(self, flight: Flight, there: bool) -> None:
-        self._count(uncached=int(not there and self._cache is not None))
+        refused = int(not there and self._cache is not None)
+        self.uncached += refused
+        self._count(uncached=refused)
         self._land(flight, stored=there)
 
     def detour(self, flight: Flight, first: First | None) -> None:

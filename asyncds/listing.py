@@ -16,7 +16,7 @@ from asyncds.locks import waiting
 from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, encode, predicate
 from asyncds.ranks import Meeting, Way
 
-__all__ = ["Labeller", "Table", "list_prefix"]
+__all__ = ["Labeller", "Table", "list_prefix", "saved_at"]
 
 Labeller = Callable[[str], Label]
 _KEPT_S = 7 * 86400
@@ -139,8 +139,7 @@ class Table:
 
     @property
     def _saved(self) -> Path:
-        name = blake2b(self._name.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-        return self._folder / f"{name}.manifest"
+        return saved_at(self._folder, self._name)
 
     def _recent(self) -> Manifest | None:
         try:
@@ -161,6 +160,11 @@ def _unlock_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_unlock_in_child)
+
+
+def saved_at(folder: Path, name: str) -> Path:
+    """Where the last complete listing of a dataset is saved."""
+    return folder / f"{blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}.manifest"
 
 
 def labels_of(manifest: Manifest, label: Labeller) -> Iterator[Label]:

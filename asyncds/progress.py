@@ -2,7 +2,6 @@
 
 import random
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -10,14 +9,12 @@ from typing import Protocol
 
 __all__ = ["Advance", "progress_bar"]
 
-_SECONDS_BETWEEN_UPDATES = 0.05
-
 
 class Advance(Protocol):
     """Moves a bar on."""
 
     def __call__(self, count: int = 1, *, note: str = "") -> None:
-        """Count more, and replace what is written behind the bar unless `note` is empty."""
+        """Count more, and replace what is written below the bar unless `note` is empty."""
         ...
 
 
@@ -31,7 +28,7 @@ def progress_bar(
         yield lambda count=1, *, note="": None
         return
     with _same_random_numbers():
-        from rich.console import Console
+        from rich.console import Console, RenderableType
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -40,22 +37,34 @@ def progress_bar(
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
-    console = Console(stderr=True)
-    text = [TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn(unit)]
+        from rich.table import Column
+        from rich.text import Text
+
+    class Noted(Progress):
+        """A bar with a line below it: on one line, a terminal of 80 columns would have no room for both.
+
+        It asks how far things are whenever it is drawn: an update costs more than a small object.
+        """
+
+        def get_renderables(self) -> Iterator[RenderableType]:
+            for task in self.tasks:
+                self.update(task.id, completed=done)
+            yield from super().get_renderables()
+            if last_note:
+                yield Text(f"  {last_note}")
+
+    console, done, last_note = Console(stderr=True), 0, ""
+    name = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+    text = [name, BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn(unit)]
     clock = TimeElapsedColumn() if total is None else TimeRemainingColumn()
-    with Progress(*text, TextColumn("{task.fields[note]}"), clock, console=console, transient=True) as progress:
-        task, waiting, last, last_note = progress.add_task(title, total=total, note=""), 0, 0.0, ""
+    with Noted(*text, clock, console=console, transient=True) as progress:
+        progress.add_task(title, total=total)
 
         def advance(count: int = 1, *, note: str = "") -> None:
-            nonlocal waiting, last, last_note
-            waiting += count
-            if time.monotonic() - last > _SECONDS_BETWEEN_UPDATES:  # an update costs more than a small object
-                last_note = note or last_note
-                progress.update(task, advance=waiting, note=last_note)
-                waiting, last = 0, time.monotonic()
+            nonlocal done, last_note
+            done, last_note = done + count, note or last_note
 
         yield advance
-        progress.update(task, advance=waiting)
 
 
 @contextmanager

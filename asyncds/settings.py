@@ -4,11 +4,12 @@ import difflib
 import math
 import multiprocessing
 import os
+import re
 import stat
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_args
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, get_args
 
 import platformdirs
 from annotated_types import Ge, Gt, Le
@@ -23,12 +24,19 @@ from pydantic import (
     ValidationError,
 )
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from asyncds.errors import ConfigurationError
 from asyncds.mounts import network_filesystem
 
-__all__ = ["Options", "Settings", "or_close_to"]
+__all__ = ["Options", "Setting", "Settings", "or_close_to", "size"]
 
 # Credentials that belong together: all of them come from the place that names the first, or a session token of the
 # `.env` file would travel with the keys of the environment.
@@ -37,9 +45,10 @@ _CREDENTIALS = (
     ("MINIO_ACCESS_KEY", "MINIO_SECRET_KEY"),
 )
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+_URLS = {"endpoint_s3", "endpoint", "minio_url"}
 
 
-def _size(value: object) -> object:
+def size(value: object) -> object:
     """`"50GB"` and `5e10` as bytes, an int; `"50%"` and `0.5` as a share of the disk, a float up to 1."""
     if isinstance(value, float) and 0 < value <= 1:
         return value
@@ -118,6 +127,16 @@ class Options(TypedDict):
     env_file: NotRequired[str | Path | None]
 
 
+class Setting(NamedTuple):
+    """A setting as people are told of it: with its variables, the strongest first, and nothing secret in its value."""
+
+    name: str
+    variables: list[str]
+    value: str | int | float | bool | None
+    origin: str
+    description: str
+
+
 class Settings(BaseSettings):
     """One frozen, validated set of values; secrets are masked in `repr` and never pickled.
 
@@ -137,7 +156,7 @@ class Settings(BaseSettings):
         default_factory=_default_directory,
         description="directory in which asyncds makes its own folder, `asyncds`",
     )
-    cache_size: Annotated[int | float, BeforeValidator(_size), Gt(0)] | None = Field(
+    cache_size: Annotated[int | float, BeforeValidator(size), Gt(0)] | None = Field(
         None,
         description="limit of the cache, such as 50GB or 30% of the disk; by default all but 5 % of the disk",
     )
@@ -170,19 +189,38 @@ class Settings(BaseSettings):
         0.0, ge=0, le=1e9, description="seconds for which a saved listing is used instead of a new one"
     )
 
-    endpoint_s3: str | None = Field(None, validation_alias=_ENDPOINTS[0])
-    endpoint: str | None = Field(None, validation_alias=_ENDPOINTS[1])
-    region: str | None = Field(None, validation_alias=AliasChoices("AWS_REGION", "AWS_DEFAULT_REGION"))
-    profile: str | None = Field(None, validation_alias="AWS_PROFILE")
-    access_key: SecretStr | None = Field(None, validation_alias="AWS_ACCESS_KEY_ID")
-    secret_key: SecretStr | None = Field(None, validation_alias="AWS_SECRET_ACCESS_KEY")
-    session_token: SecretStr | None = Field(None, validation_alias="AWS_SESSION_TOKEN")
-    minio_url: str | None = Field(None, validation_alias="MINIO_URL")
-    minio_access_key: SecretStr | None = Field(None, validation_alias="MINIO_ACCESS_KEY")
-    minio_secret_key: SecretStr | None = Field(None, validation_alias="MINIO_SECRET_KEY")
-    minio_secure: bool = Field(True, validation_alias="MINIO_SECURE")
+    endpoint_s3: str | None = Field(
+        None,
+        validation_alias=_ENDPOINTS[0],
+        description="endpoint of the store, http:// or https://; comes before AWS_ENDPOINT_URL",
+    )
+    endpoint: str | None = Field(
+        None,
+        validation_alias=_ENDPOINTS[1],
+        description="endpoint of the store, http:// or https://; by default that of AWS",
+    )
+    region: str | None = Field(
+        None,
+        validation_alias=AliasChoices("AWS_REGION", "AWS_DEFAULT_REGION"),
+        description="region of the bucket; by default us-east-1",
+    )
+    profile: str | None = Field(None, validation_alias="AWS_PROFILE", description="profile of the AWS configuration")
+    access_key: SecretStr | None = Field(
+        None, validation_alias="AWS_ACCESS_KEY_ID", description="key for AWS, or for AWS_ENDPOINT_URL"
+    )
+    secret_key: SecretStr | None = Field(None, validation_alias="AWS_SECRET_ACCESS_KEY", description="its secret")
+    session_token: SecretStr | None = Field(
+        None, validation_alias="AWS_SESSION_TOKEN", description="its token, where it is a temporary one"
+    )
+    minio_url: str | None = Field(None, validation_alias="MINIO_URL", description="host:port of a MinIO")
+    minio_access_key: SecretStr | None = Field(
+        None, validation_alias="MINIO_ACCESS_KEY", description="key for MINIO_URL; without it, that is read anonymously"
+    )
+    minio_secret_key: SecretStr | None = Field(None, validation_alias="MINIO_SECRET_KEY", description="its secret")
+    minio_secure: bool = Field(True, validation_alias="MINIO_SECURE", description="whether MINIO_URL speaks TLS")
 
     _dotenv: str | Path | None = PrivateAttr(None)
+    _arguments: frozenset[str] = PrivateAttr(frozenset())
 
     def __init__(self, *, env_file: str | Path | None = ".env", **values: Any) -> None:
         for name in values.keys() - type(self).model_fields.keys():
@@ -193,6 +231,7 @@ class Settings(BaseSettings):
             raise ConfigurationError(_explain(type(self).model_fields, values, error)) from None
         except (UnicodeDecodeError, OSError) as error:
             raise ConfigurationError(f"{env_file}: cannot be read as UTF-8 ({error})") from None
+        self._arguments = frozenset(values)
         self._dotenv = None if env_file is None else Path(env_file).absolute()
 
     @classmethod
@@ -205,22 +244,59 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         _warn_of_misspelt([*getattr(env_settings, "env_vars", ()), *getattr(dotenv_settings, "env_vars", ())])
-        environment, file = env_settings(), dotenv_settings()
-        for strong, weak in ((environment, file), (file, environment)):
-            for name in (name for family in _CREDENTIALS if family[0] in strong for name in family):
-                weak.pop(name, None)
-        if environment.keys() & set(_ENDPOINTS):
-            file = {name: value for name, value in file.items() if name not in _ENDPOINTS}
+        environment, file = _layers(env_settings, dotenv_settings)
         layers = (InitSettingsSource(settings_cls, init_kwargs=values) for values in (environment, file))
         return init_settings, *layers
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = {name: value for name, value in self if not isinstance(value, SecretStr)}
-        return _rebuild, (values | {"env_file": self._dotenv},)
+        return _rebuild, (values | {"env_file": self._dotenv}, self._arguments)
+
+    def explained(self) -> list["Setting"]:
+        """Every setting, with the environment and the `.env` file read once more to tell where its value comes from."""
+        kind = type(self)
+        sources = EnvSettingsSource(kind), DotEnvSettingsSource(kind, env_file=self._dotenv)
+        places = [*zip(("environment", str(self._dotenv)), sources, _layers(*sources), strict=True)]
+        return [self._explained(name, field, places) for name, field in kind.model_fields.items()]
+
+    def _explained(
+        self, name: str, field: FieldInfo, places: "list[tuple[str, EnvSettingsSource, _Layer]]"
+    ) -> "Setting":
+        variables, value, origins = _variables(name, field), getattr(self, name), ["default"]
+        for place, source, layer in reversed(places):
+            if layer.keys() & {name, *variables}:
+                set_there = [variable for variable in variables if source.env_vars.get(variable.lower())]
+                origins.append(f"{place}: {set_there[0]}")
+        if name in self._arguments:
+            origins.append("argument")
+        return Setting(name, variables, _shown(name, value), origins[-1], field.description or "")
 
     def with_defaults(self, **values: Any) -> "Settings":
         """Return a copy in which `values` replace what neither arguments nor environment have set."""
         return self.model_copy(update={name: v for name, v in values.items() if name not in self.model_fields_set})
+
+
+_Layer = dict[str, Any]
+
+
+def _layers(environment: Callable[[], _Layer], file: Callable[[], _Layer]) -> tuple[_Layer, _Layer]:
+    """What the environment sets, and what the `.env` file does, without what must not be mixed."""
+    strongest, weakest = environment(), file()
+    for strong, weak in ((strongest, weakest), (weakest, strongest)):
+        for name in (name for family in _CREDENTIALS if family[0] in strong for name in family):
+            weak.pop(name, None)
+    if strongest.keys() & set(_ENDPOINTS):
+        weakest = {name: value for name, value in weakest.items() if name not in _ENDPOINTS}
+    return strongest, weakest
+
+
+def _shown(name: str, value: Any) -> Any:
+    """A value without secrets: also not those that somebody wrote into a URL."""
+    if isinstance(value, SecretStr):
+        return "***"
+    if isinstance(value, str) and name in _URLS:
+        return re.sub(r"^(\w+://)?.*@", r"\1***@", value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def _warn_of_misspelt(variables: Iterable[str]) -> None:
@@ -240,8 +316,10 @@ def or_close_to(name: str, known: Iterable[str]) -> str:
     return f": did you mean {bare[close[0]]!r}?" if close else f"; there are {', '.join(sorted(known))}"
 
 
-def _rebuild(values: dict[str, Any]) -> Settings:
-    return Settings(**values)
+def _rebuild(values: dict[str, Any], arguments: frozenset[str]) -> Settings:
+    settings = Settings(**values)
+    settings._arguments = arguments
+    return settings
 
 
 def _explain(fields: dict[str, FieldInfo], arguments: dict[str, Any], error: ValidationError) -> str:

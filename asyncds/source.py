@@ -24,7 +24,7 @@ from uuid import uuid4
 from asyncds.cache import Cache, largest_that_fits
 from asyncds.download import Memory, Slots
 from asyncds.entry import object_id
-from asyncds.errors import CacheError, DatasetClosed
+from asyncds.errors import CacheError, DatasetClosed, StoreError
 from asyncds.fetcher import Fetcher
 from asyncds.listing import Labeller, Table, list_prefix
 from asyncds.lookup import Fetched, identify, lookup, resident
@@ -33,8 +33,10 @@ from asyncds.portal import Portal
 from asyncds.progress import progress_bar
 from asyncds.recipe import StoreRecipe
 from asyncds.retry import Retry
+from asyncds.selection import Selection
 from asyncds.stats import Counters
-from asyncds.warm import Missing, WarmReport, warm
+from asyncds.store import ObjectStore
+from asyncds.warm import Missing, Plan, WarmReport, planned, warm
 from asyncds.workers import SECONDS_BETWEEN_CHECKS, insist_on_a_loader, is_worker, workers
 
 __all__ = ["Arrivals", "Source"]
@@ -43,6 +45,8 @@ __all__ = ["Arrivals", "Source"]
 _FIRST_TO_CLOSE, _LAST_TO_CLOSE = 100, 90
 _PATIENCE_S = 5.0
 _LOOKUP = 1000
+_KEYS_OF_A_PAGE = 1000
+_TRIPS = 3
 _MOST_EARLY, _EARLY_BYTES, _SMALL = 100_000, 16 << 20, 256 << 10
 
 
@@ -153,7 +157,7 @@ class _Runtime:
         settings = source.settings
         self.pid = os.getpid()
         self.portal = Portal.enter()
-        concurrency = max(1, settings.concurrency // workers())
+        self.concurrency = concurrency = max(1, settings.concurrency // workers())
         retry = Retry(
             settings.retries,
             settings.deadline,
@@ -249,6 +253,8 @@ class Source:
         self._hold()
         self._closed = False
         self._smallest: int | None = None
+        self.progress = True  # of listing
+        self._lists = 0
         self._final: dict[str, float] | None = None
         self._final_latencies: list[float] | None = None
         self._failures = notices.with_suffix(".failures")
@@ -399,19 +405,36 @@ class Source:
         if self._runtimes and self._runtimes[-1].pid == os.getpid():
             self._runtimes[-1].portal.post(self._runtimes[-1].fetcher.forget, partial(operator.eq, group))
 
-    def warm(self, *, progress: bool = True) -> WarmReport:
+    def warm(self, selection: Selection | None = None, *, progress: bool = True) -> WarmReport:
         """Bring everything that is not cached into the cache; interrupted, it keeps what arrived.
 
         Failures of single objects are reported, not raised; a store that cannot be reached at all is.
         """
         manifest, runtime = self.manifest, self.runtime()
+        rows = (selection or Selection()).rows(manifest)
         admits = self.admits if self.settings.admit == "smallest" else lambda size: True
         admits(0)
-        missing = Missing(self.cache, self.endpoint, manifest, admits, self.tag)
-        with progress_bar(f"warming {self._uri}", len(manifest), show=progress) as advance:
-            report = runtime.portal.call(warm(runtime.fetcher, missing, self.counters, advance))
+        missing = Missing(self.cache, self.endpoint, manifest, rows, admits, self.tag)
+        with progress_bar(f"warming {self._uri}", len(rows), show=progress) as advance:
+            report = runtime.portal.call(warm(runtime.fetcher, missing, advance))
         self.insist()
         return report
+
+    def plan(self, selection: Selection) -> Plan:
+        """What `warm` would do. Lists, unless a saved listing will do, and measures the round trip by HEADs."""
+        manifest, runtime = self.manifest, self.runtime()
+        rows = selection.rows(manifest)
+        with progress_bar(f"looking for {self._uri}", len(rows), show=self.progress) as advance:
+            plan, one = planned(self.cache, self.endpoint, manifest, rows, advance)
+        if one is None:
+            return plan._replace(lists=self._lists, seconds=0.0)
+        trip = runtime.portal.call(_round_trip(runtime.store, one))
+        seconds = None if trip is None else trip * max(1.0, plan.gets / runtime.concurrency)
+        return plan._replace(lists=self._lists, seconds=seconds)
+
+    def list_anew(self) -> Manifest:
+        """What the store has now under the prefix; the saved listing stays."""
+        return self._listed(None, None)
 
     def refresh(self) -> None:
         """Forget which versions of unlisted objects were seen first, so that the next read takes what is there now."""
@@ -467,9 +490,9 @@ class Source:
     def _listed(self, limit: int | None, match: KeyFilter | None) -> Manifest:
         bucket, prefix = parse_uri(self._uri)
         runtime = self.runtime()
-        with progress_bar(f"listing {self._uri}", unit="keys") as advance:
+        with progress_bar(f"listing {self._uri}", show=self.progress, unit="keys") as advance:
             pages = runtime.store.list(bucket, prefix)
-            return runtime.portal.call(
+            manifest = runtime.portal.call(
                 list_prefix(
                     pages,
                     endpoint=self.endpoint,
@@ -480,6 +503,21 @@ class Source:
                     progress=advance,
                 )
             )
+        self._lists = max(1, -(-(len(manifest) + sum(manifest.left_out.values())) // _KEYS_OF_A_PAGE))
+        return manifest
+
+
+async def _round_trip(store: ObjectStore, info: ObjectInfo) -> float | None:
+    """Seconds that the shortest of a few small requests takes; None where the store does not answer them."""
+    seconds = []
+    for _ in range(_TRIPS):
+        started = time.monotonic()
+        try:
+            await store.head(info.bucket, info.key)
+        except StoreError:
+            return None
+        seconds.append(time.monotonic() - started)
+    return min(seconds)
 
 
 def _serve(fetcher: Fetcher, infos: Sequence[ObjectInfo], arrivals: Arrivals) -> None:

@@ -3,17 +3,22 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from asyncds.cache import Cache
 from asyncds.errors import AsyncdsError, DatasetClosed, EndpointUnreachable
-from asyncds.fetcher import Fetcher
+from asyncds.large import LARGE, PART
 from asyncds.lookup import resident
 from asyncds.manifest import Manifest, ObjectInfo
 from asyncds.progress import Advance
-from asyncds.stats import Counters
 
-__all__ = ["Missing", "WarmReport", "warm"]
+if TYPE_CHECKING:
+    from asyncds.fetcher import Fetcher
+
+__all__ = ["Missing", "Plan", "WarmReport", "planned", "warm"]
 
 _LOOKUP = 200
 _HOPELESS = 100
@@ -38,27 +43,56 @@ class WarmReport(NamedTuple):
         return lines + (f", {len(self.failures):,} failed" if self.failures else "")
 
 
+class Plan(NamedTuple):
+    """What a warm-up would do: `gets` requests for `bytes`, after `lists` for the listing; `room` is what is free.
+
+    `seconds` is what the requests take at the least, at the round trip that was measured; None where none was.
+    """
+
+    objects: int
+    resident: int
+    lists: int
+    gets: int
+    bytes: int
+    room: int
+    seconds: float | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.objects:,} objects: {self.resident:,} are cached; LIST {self.lists:,}, GET {self.gets:,}"
+        text += f" would bring {self.bytes / 1e6:,.1f} MB"
+        if self.seconds is not None:
+            text += f" in {self.seconds:,.1f} s or more"
+        return text + ("" if self.bytes <= self.room else f"; {max(0, self.room) / 1e6:,.1f} MB are free")
+
+
 class Missing:
-    """The rows of a manifest that the cache does not have, found 200 at a time while they are consumed.
+    """Rows of a manifest that the cache does not have, found 200 at a time while they are consumed.
 
     Those that the cache has no room for, or that `admits` does not want, are left out, and counted in `unfit`.
     """
 
     def __init__(
-        self, cache: Cache, endpoint: str, manifest: Manifest, admits: Callable[[int], bool], tag: str = ""
+        self,
+        cache: Cache,
+        endpoint: str,
+        manifest: Manifest,
+        rows: NDArray[np.int64],
+        admits: Callable[[int], bool],
+        tag: str = "",
     ) -> None:
-        self.total = len(manifest)
+        self.total = len(rows)
         self.resident = 0
         self.unfit = 0
         self._cache = cache
         self._endpoint = endpoint
         self._manifest = manifest
+        self._rows = rows
         self._admits = admits
         self._tag = tag
 
     def __iter__(self) -> Iterator[ObjectInfo]:
         for start in range(0, self.total, _LOOKUP):
-            infos = self._manifest[start : start + _LOOKUP]
+            infos = self._manifest.rows(self._rows[start : start + _LOOKUP])
             present = resident(self._cache, self._endpoint, infos)
             self.resident += sum(present)
             needed = sum(info.size or 0 for info, there in zip(infos, present, strict=True) if not there)
@@ -78,13 +112,31 @@ class Missing:
         return info.size <= room and self._admits(info.size)
 
 
-async def warm(fetcher: Fetcher, missing: Missing, counters: Counters, advance: Advance) -> WarmReport:
+def planned(
+    cache: Cache, endpoint: str, manifest: Manifest, rows: NDArray[np.int64], advance: Advance
+) -> tuple[Plan, ObjectInfo | None]:
+    """What warming these rows would take, and one of the objects that it would bring. Nothing is touched."""
+    cached, gets, size, one = 0, 0, 0, None
+    for start in range(0, len(rows), _LOOKUP):
+        infos = manifest.rows(rows[start : start + _LOOKUP])
+        present = resident(cache, endpoint, infos)
+        missing = [info for info, there in zip(infos, present, strict=True) if not there]
+        sizes = [info.size or 0 for info in missing]
+        cached += sum(present)
+        size += sum(sizes)
+        gets += sum(-(-each // PART) if each > LARGE else 1 for each in sizes)
+        one = one or next(iter(missing), None)
+        advance(len(infos))
+    return Plan(len(rows), cached, 0, gets, size, cache.room()), one
+
+
+async def warm(fetcher: "Fetcher", missing: Missing, advance: Advance) -> WarmReport:
     """Download what is missing, and report; whatever ends it, the cache has what arrived when it returns or raises.
 
     Failures of single objects are collected. A store that cannot be reached, or that has given nothing after 100
     failures, raises what it raised.
     """
-    started, before, shown = time.monotonic(), counters.total(), 0
+    started, before, shown = time.monotonic(), fetcher.uncached, 0
     fetched, size, failures = 0, 0, list[str]()
     try:
         async with aclosing(fetcher.outcomes(missing)) as outcomes:
@@ -99,10 +151,12 @@ async def warm(fetcher: Fetcher, missing: Missing, counters: Counters, advance: 
                     fetched, size = fetched + 1, size + len(result.body)
                     del result  # or it is held until the next one is there
                 done = missing.resident + missing.unfit + fetched + len(failures)
-                advance(done - shown, note=f"{size / 1e6:,.1f} MB, {len(failures)} failed")
+                seconds = max(time.monotonic() - started, 1e-3)
+                rate = f"{size / 1e6:,.1f} MB, {fetched / seconds:,.0f}/s, {size / 1e6 / seconds:,.1f} MB/s"
+                advance(done - shown, note=f"{rate}, {len(failures):,} failed, {fetcher.in_flight:,} in flight")
                 shown = done
     finally:
         await fetcher.flush()
-    uncached = missing.unfit + int(counters.total()["uncached"] - before["uncached"])
+    uncached = missing.unfit + fetcher.uncached - before
     seconds = time.monotonic() - started
     return WarmReport(missing.total, missing.resident, fetched, size, uncached, tuple(failures), seconds)

@@ -1,15 +1,21 @@
 """The command line, as a user runs it: a process, its output, its exit code."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from asyncds.cache import Cache
+from asyncds.dataset import CachedS3MapDataset
 from asyncds.entry import NewEntry
+from asyncds.lookup import resident
 from asyncds.settings import Settings
 from asyncds.testing import Fault, S3Server
 
@@ -57,9 +63,18 @@ def test_quiet_warm_prints_nothing(bucket):
     assert run("warm", "s3://mnist/train", "--quiet") == (0, "", "")
 
 
-def test_warm_draws_a_bar_in_a_terminal(bucket):
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], [b"listing s3://mnist/train", b"warming s3://mnist/train", b"30/30", b" MB/s, 0 failed, "]),
+        (["--dry-run"], [b"listing s3://mnist/train", b"looking for s3://mnist/train", b"30/30"]),
+        (["--partition", "1/2"], []),
+        (["--quiet"], []),
+    ],
+)
+def test_warm_draws_a_bar_in_a_terminal(bucket, arguments, expected):
     reader, writer = os.openpty()
-    with start("warm", "s3://mnist/train", stderr=writer) as process:
+    with start("warm", "s3://mnist/train/", *arguments, stderr=writer) as process:
         os.close(writer)
         drawn = b""
         try:
@@ -69,8 +84,8 @@ def test_warm_draws_a_bar_in_a_terminal(bucket):
             pass
         os.close(reader)
     assert process.returncode == 0
-    assert b"warming s3://mnist/train" in drawn
-    assert b"30/30" in drawn
+    assert [text in drawn for text in expected] == [True] * len(expected)
+    assert bool(drawn) == bool(expected)
 
 
 def test_warm_names_what_failed_and_exits_with_one(bucket):
@@ -104,6 +119,158 @@ def test_interrupted_warm_keeps_what_arrived_and_goes_on(bucket):
     assert (code, "29 were cached, 1 fetched" in output) == (0, True)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_warm_that_is_ended_at_any_moment_fetches_nothing_twice_that_was_committed(bucket, number):
+    keys = [f"many/{place:04}" for place in range(600)]
+    bucket.put_many("mnist", {key: key.encode() * 50 for key in keys})
+    bucket.latency = 0.005
+    bucket.script("mnist", keys[-1], [Fault.stall()], forever=True)  # no run comes to its end before it is ended
+    infos, committed = CachedS3MapDataset.from_prefix("s3://mnist/many/").manifest[:], 0
+    for seen in (50, 250, 400):
+        with start("warm", "s3://mnist/many/", "--concurrency", "8", "--quiet", start_new_session=True) as process:
+            while bucket.stats.requests["GET"] < seen:  # for as long as the test has time
+                pass
+            process.send_signal(number)
+            process.communicate(timeout=10)
+        assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+        cache = Cache(Settings().cache_dir)
+        there = resident(cache, bucket.endpoint, infos)
+        cache.close()
+        assert committed <= sum(there) < 600
+        committed = sum(there)
+    bucket.clear_scripts()
+    bucket.reset_counts()
+    assert run("warm", "s3://mnist/many/", "--quiet") == (0, "", "")
+    missing = {("mnist", info.key): 1 for info, was in zip(infos, there, strict=True) if not was}
+    assert bucket.stats.gets == missing
+    assert run("verify", "--fix")[0] == 0
+
+
+def test_training_shares_the_downloads_of_a_warm_up_that_is_going_on(bucket):
+    bucket.latency = 0.01
+    with start("warm", "s3://mnist/train/", "--concurrency", "2") as process:
+        while bucket.stats.requests["GET"] < 3:  # for as long as the test has time
+            pass
+        with CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=lambda file: file.read()) as dataset:
+            assert dataset.__getitems__(range(30)) == [key.encode() * 9 for key in sorted(KEYS)]
+        assert process.communicate(timeout=50)[1] == ""
+    assert process.returncode == 0
+    assert (len(bucket.stats.gets), set(bucket.stats.gets.values())) == (30, {1})
+
+
+def test_processes_of_a_node_share_the_work(bucket, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    started = []
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        started.append(start("warm", "s3://mnist/train", "--partition", "auto", "--json"))
+    documents = []
+    for process in started:
+        output, errors = process.communicate(timeout=50)
+        assert (process.returncode, errors) == (0, "")
+        documents += json.loads(output)["datasets"]
+    assert [row["objects"] for row in documents] == [10, 10, 10]
+    assert sum(row["fetched"] for row in documents) == 30
+    assert (len(bucket.stats.gets), set(bucket.stats.gets.values())) == (30, {1})
+
+
+def test_warm_takes_several_uris_and_goes_on_after_one_that_fails(bucket):
+    bucket.put("mnist", "test/0", b"x")
+    code, output, errors = run("warm", "s3://no-such-bucket/x", "s3://mnist/train", "s3://mnist/test", "--json")
+    assert (code, len(errors.splitlines()), "the bucket does not exist" in errors) == (1, 1, True)
+    failed, train, test = json.loads(output)["datasets"]
+    assert (failed["uri"], "the bucket does not exist" in failed["error"]) == ("s3://no-such-bucket/x", True)
+    assert (train["fetched"], test["fetched"]) == (30, 1)
+    keys = ["uri", "objects", "resident", "fetched", "bytes", "uncached", "failures", "seconds"]
+    assert list(train) == keys
+
+
+@pytest.mark.parametrize(("limit", "count"), [("10%", 3), ("1000B", 7), ("30", 30)])
+def test_warm_is_limited_by_share_bytes_or_number(bucket, limit, count):
+    code, output, _ = run("warm", "s3://mnist/train", "--limit", limit, "--order", "smallest")
+    assert (code, f" {count} objects: 0 were cached, {count} fetched" in output) == (0, True)
+    assert bucket.stats.requests == {"LIST": 1, "GET": count}
+
+
+def test_warm_excludes_and_matches_repeatedly(bucket):
+    code, output, _ = run("warm", "s3://mnist/train", "--match", "*/1/*", "--match", "*/2/*", "--exclude", "*9.bin")
+    expected = [key for key in KEYS if "/0/" not in key and not key.endswith("9.bin")]
+    assert (code, f" {len(expected)} fetched" in output) == (0, True)
+    assert sorted(key for _, key in bucket.stats.gets) == sorted(expected)
+
+
+def test_dry_run_says_what_it_would_take_and_gets_nothing(bucket):
+    assert run("warm", "s3://mnist/train", "--match", "*/1/*")[0] == 0
+    bucket.reset_counts()
+    code, output, errors = run("warm", "s3://mnist/train", "--dry-run")
+    assert (code, errors) == (0, "")
+    assert "30 objects: 10 are cached; LIST 1, GET 20 would bring 0.0 MB in " in output
+    assert bucket.stats.requests["GET"] == 0
+    document = json.loads(run("warm", "s3://mnist/train", "--dry-run", "--json")[1])
+    (plan,) = document["datasets"]
+    assert document["dry_run"]
+    assert list(plan) == ["uri", "objects", "resident", "lists", "gets", "bytes", "room", "seconds"]
+    assert plan["bytes"] == sum(9 * len(key) for key in KEYS if "/1/" not in key)
+    assert bucket.stats.requests["GET"] == 0
+
+
+def test_bucket_that_forbids_listing_is_warmed_by_a_manifest(bucket, tmp_path):
+    with CachedS3MapDataset.from_prefix("s3://mnist/train/") as dataset:
+        dataset.manifest.save(tmp_path / "train.manifest")
+    bucket.script("mnist", None, [Fault.status(403, "AccessDenied")], operation="LIST", forever=True)
+    code, output, errors = run("warm", "s3://mnist/train/")
+    assert (code, output, len(errors.splitlines())) == (1, "", 1)
+    assert errors.endswith("forbids listing, but not GET, is warmed by --from-manifest\n")
+    bucket.reset_counts()
+    code, output, errors = run("warm", "--from-manifest", str(tmp_path / "train.manifest"))
+    assert (code, errors, "30 fetched" in output) == (0, "", True)
+    assert bucket.stats.requests == {"GET": 30}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda data: data[:-40], "cut short"),
+        (lambda data: data[:5], "no manifest, or a damaged one"),
+        (lambda data: data.replace(b'"version": 1', b'"version": 9'), "a manifest of format 9; this asyncds reads"),
+    ],
+)
+def test_manifest_that_cannot_be_read_is_a_wrong_call(bucket, tmp_path, change, sentence):
+    file = tmp_path / "train.manifest"
+    with CachedS3MapDataset.from_prefix("s3://mnist/train/") as dataset:
+        dataset.manifest.save(file)
+    file.write_bytes(change(file.read_bytes()))
+    code, output, errors = run("warm", "--from-manifest", str(file))
+    assert (code, output, len(errors.splitlines())) == (2, "", 1)
+    assert errors.startswith(f"error: {file}: ")
+    assert sentence in errors
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="there is no tmux")
+def test_warm_in_a_terminal_of_80_columns(bucket, tmp_path):
+    bucket.script("mnist", KEYS[0], [Fault.stall()], forever=True)
+    tmux = ["tmux", "-S", str(tmp_path / "socket"), "-f", os.devnull]
+    command = f"{sys.executable} -m asyncds warm s3://mnist/train/; echo exit code $?; cat"
+    subprocess.run([*tmux, "new-session", "-d", "-x", "80", "-y", "24", command], check=True, timeout=10)
+
+    def screen(text: str) -> list[str]:
+        shown = ""
+        while text not in shown:  # for as long as the test has time
+            capture = [*tmux, "capture-pane", "-p"]
+            shown = subprocess.run(capture, check=True, capture_output=True, text=True, timeout=10).stdout
+        return [line for line in shown.splitlines() if line.strip()]
+
+    try:
+        bar, note = screen("29/30")
+        assert re.fullmatch(r"warming s3://mnist/train/ \S+ 29/30 objects \S+", bar.strip())
+        assert re.fullmatch(r"  \S+ MB, \S+/s, \S+ MB/s, 0 failed, 1 in flight", note.rstrip())
+        subprocess.run([*tmux, "send-keys", "C-c"], check=True, timeout=10)
+        shown = screen("exit code 130")
+        assert shown[-2].startswith("interrupted: what arrived is kept")
+    finally:
+        subprocess.run([*tmux, "kill-server"], check=True, timeout=10)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
@@ -112,15 +279,28 @@ def test_interrupted_warm_keeps_what_arrived_and_goes_on(bucket):
         (["s3://no-such-bucket/x"], 1, "the bucket does not exist"),
         (["s3://mnist", "--cache-size", "lots"], 2, "error: cache_size='lots': must be bytes with a unit"),
         (["s3://mnist", "--concurrency", "0"], 2, "error: concurrency='0': must be a whole number from 1 to 4096"),
+        (["s3://mnist", "--cache-size", "5 apples"], 2, "error: cache_size='5 apples': must be bytes with a unit"),
+        (["s3://mnist/train", "--match", "*.jpeg"], 1, "none of 30 keys fits the patterns"),
+        (["s3://mnist/train", "--match", "*.jpeg", "--limit", "3"], 1, "none of 30 keys fits the filter"),
+        (["s3://mnist", "--limit", "120%"], 2, "error: limit='120%': must be a number of objects"),
+        (["s3://mnist", "--partition", "3/3"], 2, "error: partition='3/3': of 3 parts, i goes from 0 to 2"),
+        (["s3://mnist", "--order", "largest"], 2, "error: Invalid value for '--order'"),
+        (["s3://mnist/train", "nonsense"], 2, "error: 'nonsense' is no S3 URI"),
+        (["--from-manifest", "nowhere"], 2, "error: nowhere: there is no such manifest"),
+        ([], 2, "error: say what to warm: s3://bucket/prefix, several of these, or --from-manifest FILE"),
         (["s3://mnist", "--endpoint", "localhost:9"], 2, "write http://localhost:9"),
-        (["s3://mnist", "--limit", "0"], 2, "Error: Invalid value for '--limit'"),
+        (
+            ["s3://mnist", "--limit", "0"],
+            2,
+            "error: limit='0': must be a number of objects, a share of them such as 10%",
+        ),
     ],
 )
 def test_wrong_call_gets_one_sentence_and_its_exit_code(bucket, arguments, code, sentence):
     found, output, errors = run("warm", *arguments)
-    assert (found, output) == (code, "")
+    assert (found, output, len(errors.splitlines())) == (code, "", 1)
     assert sentence in errors
-    assert "Traceback" not in errors
+    assert not bucket.stats.requests["GET"]
 
 
 def test_help_needs_neither_torch_nor_botocore():
@@ -165,8 +345,266 @@ def test_verify_of_a_damaged_index_touches_it_only_with_fix(tmp_path):
     database = cache.directory / "objects" / "cache.db"
     database.write_bytes(b"garbage")
     code, _, errors = run("verify", "--cache-dir", str(tmp_path))
-    assert (code, "cache.db: the index is damaged; --fix" in errors, database.read_bytes()) == (1, True, b"garbage")
+    assert (code, "cache.db: the index is damaged; `asyncds verify --fix`" in errors, database.read_bytes()) == (
+        1,
+        True,
+        b"garbage",
+    )
     command = [sys.executable, "-m", "asyncds", "verify", "--fix", "--cache-dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50)
     assert (done.returncode, "0 entries" in done.stdout) == (0, True)
     assert "was damaged: it was moved to" in done.stderr
+
+
+# what is there
+
+
+def json_of(*arguments: str):
+    code, output, errors = run(*arguments, "--json")
+    assert (code, errors) == (0, "")
+    return json.loads(output)
+
+
+def name_of(bucket: S3Server, prefix: str) -> str:
+    return f"s3://mnist/{prefix} at {bucket.endpoint}"
+
+
+def test_ls_shows_how_completely_what_is_cached(bucket):
+    bucket.put("mnist", "test/0", b"x" * 50_000)
+    assert run("warm", "s3://mnist/train/", "--limit", "50%", "--quiet")[0] == 0
+    assert run("warm", "s3://mnist/test/", "--limit", "1", "--quiet")[0] == 0
+    code, output, errors = run("ls")
+    assert (code, errors) == (0, "")
+    head, test, train = output.splitlines()
+    assert head.split() == ["dataset", "objects", "of", "cached", "on", "disk", "used"]
+    assert re.fullmatch(rf"{name_of(bucket, 'train/')} +15 +30 +50 % +\S+ kB +\d+ s ago", train)
+    assert re.fullmatch(rf"{name_of(bucket, 'test/')} +1 +\? +\? +\S+ kB +\d+ s ago", test)
+    document = json_of("ls", "s3://mnist/train/")
+    (row,) = document["datasets"]
+    assert list(document) == ["cache", "datasets"]
+    assert list(row) == ["dataset", "objects", "listed", "percent", "bytes", "used", "in_use"]
+    assert (row["objects"], row["listed"], row["percent"], row["in_use"]) == (15, 30, 50, False)
+
+
+def test_ls_counts_what_another_dataset_brought(bucket):
+    assert run("warm", "s3://mnist/train/", "--quiet")[0] == 0
+    assert run("warm", "s3://mnist/train/1/", "--quiet")[0] == 0
+    (row,) = json_of("ls", "s3://mnist/train/1/")["datasets"]
+    assert (row["objects"], row["listed"]) == (10, 10)
+
+
+def test_ls_changes_compares_with_the_saved_listing(bucket):
+    assert run("warm", "s3://mnist/train/", "--quiet")[0] == 0
+    bucket.put("mnist", "train/0/new\n.bin", b"new")
+    bucket.put("mnist", KEYS[4], b"changed")
+    bucket.delete("mnist", KEYS[7])
+    for _ in range(2):
+        found = json_of("ls", "--changes", "s3://mnist/train/")
+        assert found == {
+            "dataset": name_of(bucket, "train/"),
+            "added": ["train/0/new\n.bin"],
+            "changed": [KEYS[4]],
+            "removed": [KEYS[7]],
+        }
+    code, output, errors = run("ls", "--changes", "s3://mnist/train/")
+    assert (code, errors) == (0, "")
+    assert output.splitlines()[0] == r"added 'train/0/new\n.bin'"
+    assert output.splitlines()[-1].endswith(": 1 added, 1 changed, 1 removed")
+    bucket.reset_counts()
+    assert "28 were cached, 2 fetched" in run("warm", "s3://mnist/train/")[1]
+    assert bucket.stats.requests == {"LIST": 1, "GET": 2}
+
+
+def test_stats_show_size_and_the_counters_of_runs_that_go_on(bucket):
+    assert run("warm", "s3://mnist/train/", "--quiet")[0] == 0
+    found = json_of("stats")
+    assert list(found) == ["cache", "datasets", "entries", "bytes", "limit", "room", "runs", "counters"]
+    assert (found["datasets"], found["entries"], found["limit"], found["runs"]) == (1, 30, None, 0)
+    with CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=lambda file: file.read()) as dataset:
+        dataset.__getitems__(range(20))
+        found = json_of("stats")
+        assert (found["runs"], found["counters"]["hits"], found["counters"]["gets"]) == (1, 20, 0)
+        code, output, errors = run("stats")
+    assert (code, errors) == (0, "")
+    assert "contents  30 entries of 1 datasets" in output
+    assert "hits      20 of 20 samples (100.0 %)" in output
+    assert run("stats")[1].splitlines()[-1].startswith("contents")
+
+
+# removal
+
+
+@pytest.fixture
+def two(bucket) -> S3Server:
+    bucket.put("mnist", "test/0", b"x" * 50_000)
+    assert run("warm", "s3://mnist/train/", "s3://mnist/test/", "--quiet") == (0, "", "")
+    return bucket
+
+
+def cached() -> list[str]:
+    return [row["dataset"].partition(" at ")[0] for row in json_of("ls")["datasets"]]
+
+
+def test_clear_asks_nobody_in_a_pipe(two):
+    for arguments in (["s3://mnist/train/"], ["--all"], ["--older-than", "0s"]):
+        code, output, errors = run("clear", *arguments)
+        assert (code, output, errors) == (2, "", "error: nobody can be asked here: give --yes to clear\n")
+    assert cached() == ["s3://mnist/test/", "s3://mnist/train/"]
+
+
+def test_clear_asks_in_a_terminal(two):
+    for answer, left in ((b"n\n", 2), (b"y\n", 1)):
+        controller, terminal = os.openpty()
+        os.write(controller, answer)
+        with start("clear", "s3://mnist/test/", stdin=terminal) as process:
+            output, _ = process.communicate(timeout=50)
+        os.close(controller)
+        os.close(terminal)
+        assert "Remove? [y/N]" in output
+        assert (process.returncode, len(cached())) == (0 if left == 1 else 1, left)
+
+
+def test_clear_removes_one_dataset_and_its_listing(two):
+    found = json_of("clear", "s3://mnist/test/", "--yes")
+    assert list(found) == ["cache", "cleared", "kept"]
+    (row,) = found["cleared"]
+    assert (row["dataset"], row["objects"], row["bytes"] >= 50_000) == (name_of(two, "test/"), 1, True)
+    assert cached() == ["s3://mnist/train/"]
+    folder = Settings().cache_dir / "asyncds"
+    assert len(list(folder.glob("manifests/*.manifest"))) == 1
+    assert run("verify")[0] == 0
+
+
+def test_clear_by_age(two):
+    for note in (Settings().cache_dir / "asyncds" / "datasets").glob("*.json"):
+        if "/test/" in note.read_text():
+            os.utime(note, (time.time() - 8 * 86400,) * 2)
+    assert [row["dataset"] for row in json_of("clear", "--older-than", "7d", "--yes")["cleared"]] == [
+        name_of(two, "test/")
+    ]
+    assert cached() == ["s3://mnist/train/"]
+
+
+def test_clear_leaves_what_is_not_ours(two):
+    folder = Settings().cache_dir / "asyncds"
+    foreign = [folder / "objects" / "notes.txt", folder / "mine", Settings().cache_dir / "other"]
+    for path in foreign:
+        path.write_text("mine")
+        path.chmod(0o600)
+    code, output, errors = run("clear", "--all", "--yes")
+    assert (code, errors, "2 of 2 datasets removed" in output) == (0, "", True)
+    assert (cached(), [path.read_text() for path in foreign]) == ([], ["mine"] * 3)
+    assert json_of("stats")["entries"] == 0
+
+
+def test_clear_spares_what_a_living_process_holds_unless_forced(two):
+    with CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=lambda file: file.read()) as dataset:
+        len(dataset)
+        code, output, errors = run("clear", "--all", "--yes")
+        assert (code, "1 of 2 datasets removed" in output) == (1, True)
+        assert errors == f"error: {name_of(two, 'train/')} is in use: it stays; end its processes, or give --force\n"
+        two.reset_counts()
+        assert dataset[0] == sorted(KEYS)[0].encode() * 9
+        assert two.stats.requests == {}
+        assert run("clear", "--all", "--yes", "--force")[0] == 0
+        assert dataset.__getitems__(range(30)) == [key.encode() * 9 for key in sorted(KEYS)]
+        assert two.stats.requests == {"GET": 30}
+    assert run("verify")[0] == 0
+
+
+def test_clear_spares_what_a_living_process_uses_as_part_of_another_dataset(two):
+    with CachedS3MapDataset.from_prefix("s3://mnist/train/1/", transform=lambda file: file.read()) as dataset:
+        assert len(dataset) == 10
+        code, _, errors = run("clear", "s3://mnist/train/", "--yes")
+        assert (code, errors.startswith(f"error: {name_of(two, 'train/')} is in use: it stays")) == (1, True)
+    assert run("clear", "s3://mnist/train/", "--yes")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["clear"], 2, "say what to clear: URIs, --older-than AGE, or --all"),
+        (["clear", "s3://mnist", "--all"], 2, "say what to clear"),
+        (["clear", "--older-than", "7 parsecs"], 2, "older_than='7 parsecs': must be an age with a unit"),
+        (["clear", "s3://mnist/nothing", "--yes"], 1, "s3://mnist/nothing: nothing of it is cached"),
+        (["clear", "s3://", "--yes"], 2, "'s3://' is no S3 URI"),
+        (["ls", "s3://mnist/nothing"], 1, "s3://mnist/nothing: nothing of it is cached"),
+        (["ls", "--changes"], 2, "--changes needs the URI"),
+        (["ls", "--changes", "s3://mnist/nothing"], 1, "no listing of it is saved"),
+        (["ls", "--cache-dir", "nowhere"], 1, "nowhere: there is no cache here"),
+        (["stats", "--cache-dir", "nowhere"], 1, "nowhere: there is no cache here"),
+        (["clear", "--all", "--yes", "--cache-dir", "nowhere"], 1, "nowhere: there is no cache here"),
+        (["config", "--cache-size", "lots"], 2, "cache_size='lots': must be bytes with a unit"),
+        (["nonsense"], 2, "No such command 'nonsense'"),
+    ],
+)
+def test_wrong_call_of_another_command(bucket, arguments, code, sentence):
+    assert run("warm", "s3://mnist/train/", "--quiet")[0] == 0
+    found, output, errors = run(*arguments)
+    assert (found, output, len(errors.splitlines())) == (code, "", 1)
+    assert errors.startswith("error: ")
+    assert sentence in errors
+    assert cached() == ["s3://mnist/train/"]
+
+
+# settings
+
+
+def test_config_says_where_each_value_comes_from(monkeypatch):
+    monkeypatch.setenv("ASYNCDS_RETRIES", "7")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    monkeypatch.setenv("ASYNCDS_CACHE_SIZE", "9GB")
+    Path(".env").write_text("ASYNCDS_RETRIES=8\nASYNCDS_TIMEOUT=3\n")
+    rows = {row["name"]: row for row in json_of("config", "--cache-size", "1GB")["settings"]}
+    assert rows.keys() == Settings.model_fields.keys()
+    assert list(rows["retries"]) == ["name", "variables", "value", "origin", "description"]
+    found = {
+        name: (rows[name]["value"], rows[name]["origin"]) for name in ("retries", "cache_size", "timeout", "region")
+    }
+    assert found == {
+        "retries": (7, "environment: ASYNCDS_RETRIES"),
+        "cache_size": (10**9, "argument"),
+        "timeout": (3, f"{Path('.env').absolute()}: ASYNCDS_TIMEOUT"),
+        "region": ("eu-west-1", "environment: AWS_DEFAULT_REGION"),
+    }
+    assert (rows["deadline"]["value"], rows["deadline"]["origin"]) == (60, "default")
+    output = run("config")[1]
+    assert re.search(r"^ASYNCDS_RETRIES +7 +environment: ASYNCDS_RETRIES$", output, re.MULTILINE)
+
+
+def test_config_shows_no_secret(monkeypatch):
+    secrets = [name for name, field in Settings.model_fields.items() if "SecretStr" in str(field.annotation)]
+    assert len(secrets) == 5
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MINIO_ACCESS_KEY", "MINIO_SECRET_KEY"):
+        monkeypatch.setenv(name, "canary")
+    Path(".env").write_text("AWS_SESSION_TOKEN=canary\n")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:canary@host:9000/path")
+    monkeypatch.setenv("MINIO_URL", "canary:canary/@host:9000")
+    for arguments in (["config"], ["config", "--json"]):
+        code, output, errors = run(*arguments)
+        assert (code, "canary" in output + errors) == (0, False)
+    assert "http://***@host:9000/path" in output
+
+
+@pytest.mark.parametrize("command", ["warm", "ls", "stats", "verify", "clear", "config"])
+def test_commands_need_no_torch(bucket, command):
+    assert run("warm", "s3://mnist/train/", "--quiet")[0] == 0
+    arguments = {"warm": ["s3://mnist/train/"], "clear": ["--all", "--yes"]}.get(command, [])
+    script = (
+        "import sys\nfrom asyncds.cli import main\n"
+        f"sys.argv = ['asyncds', {command!r}, *{arguments!r}]\nmain()\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr, done.stdout.splitlines()[-1]) == (0, "", "False")
+
+
+@pytest.mark.parametrize("command", ["warm", "ls", "stats", "verify", "clear", "config", "demo"])
+def test_help_of_each_command_is_light(command):
+    script = (
+        f"import sys\nfrom asyncds.cli import main\nsys.argv = ['asyncds', {command!r}, '--help']\n"
+        "try:\n    main()\nfinally:\n    print({'torch', 'botocore', 'pydantic', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Usage: asyncds {command} ")
+    assert done.stdout.endswith("set()\n")

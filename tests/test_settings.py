@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -263,3 +264,16 @@ def test_with_defaults_changes_only_what_nobody_has_set(monkeypatch):
 
 def test_every_option_is_a_setting():
     assert Options.__annotations__.keys() - Settings.model_fields.keys() == {"env_file"}
+
+
+def test_every_setting_is_in_the_table_of_the_documentation():
+    document = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()
+    defaults = {name: field.default for name, field in Settings.model_fields.items() if field.default_factory is None}
+    rows = []
+    for setting in Settings().explained():
+        default = defaults.get(setting.name)
+        text = str(default).lower() if isinstance(default, bool) else default if default is None else f"{default}"
+        shown = "" if text is None else f"`{text.removesuffix('.0')}`"
+        variables = ", ".join(f"`{variable}`" for variable in setting.variables)
+        rows.append(f"| {variables} | {shown} | {setting.description} |")
+    assert re.findall(r"^\| `.*$", document, re.MULTILINE) == rows, "\n".join(["the table has to be:", *rows])

@@ -1,0 +1,38 @@
+"""`asyncds config`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from asyncds.cli.opening import as_json, print_json, print_table
+
+__all__ = ["config"]
+
+
+@click.command()
+@click.option("--concurrency", help="Instead of the variable.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Instead of the variable.")
+@click.option("--cache-size", help="Instead of the variable.")
+@as_json
+def config(as_json: bool, **arguments: Any) -> None:
+    """Show every setting, and where its value comes from.
+
+    Options are as for warm: what is shown is what holds with them. Secrets are not shown.
+    """
+    from asyncds.settings import Settings
+
+    settings = Settings(**{name: value for name, value in arguments.items() if value is not None})
+    rows = settings.explained()
+    if as_json:
+        print_json({"settings": [row._asdict() for row in rows]})
+        return
+    print_table(
+        ["variable", "value", "comes from"],
+        [[" or ".join(row.variables), _text(row.value), row.origin] for row in rows],
+    )
+
+
+def _text(value: object) -> str:
+    """As a variable would be written."""
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,46 @@
+"""`asyncds verify`."""
+
+from pathlib import Path
+
+import click
+
+from asyncds.cli.opening import as_json, cache_dir, opened, print_json
+
+__all__ = ["verify"]
+
+_SHOWN = 5
+
+
+@click.command()
+@cache_dir
+@click.option("--fix", is_flag=True, help="Remove what is damaged or litter, correct accounting and permissions.")
+@as_json
+def verify(cache_dir: Path | None, fix: bool, as_json: bool) -> None:
+    """Compare all that the cache claims with its folder, value by value.
+
+    Exits with 0 when all is well, or was mended, and with 1 otherwise. What asyncds did not put there is never touched.
+    """
+    with opened(cache_dir, mend=fix) as cache:
+        problems = cache.check(fix=fix)
+        left = cache.check() if fix and problems else problems
+        entries, size = len(cache), cache.volume()
+    if as_json:
+        document = {"cache": str(cache.directory), "entries": entries, "bytes": size, "problems": problems}
+        print_json(document | {"left": left})
+    else:
+        _report(problems)
+        mended = "mended, " if problems and not left else ""
+        click.echo(f"{cache.directory}: {mended}{entries:,} entries, {size / 1e6:,.1f} MB")
+    if left:
+        raise SystemExit(1)
+
+
+def _report(problems: dict[str, list[str]]) -> None:
+    from asyncds.audit import PROBLEMS
+
+    for kind, found in problems.items():
+        click.echo(f"{kind}: {len(found):,} ({PROBLEMS[kind]})", err=True)
+        for text in found[:_SHOWN]:
+            click.echo(f"  {text}", err=True)
+        if len(found) > _SHOWN:
+            click.echo(f"  … and {len(found) - _SHOWN:,} more", err=True)
