@@ -608,3 +608,48 @@ def test_help_of_each_command_is_light(command):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"Usage: asyncds {command} ")
     assert done.stdout.endswith("set()\n")
+
+
+# tune
+
+
+def test_tune_prints_what_came_and_the_line_to_export(bucket, tmp_path):
+    bucket.latency = 0.02
+    plot = tmp_path / "tune.png"
+    code, output, errors = run("tune", "s3://mnist/train/", "--highest", "8", "--plot", str(plot))
+    assert (code, errors) == (0, "")
+    table, summary, exports = output.split("\n\n")
+    assert [line.split()[0] for line in table.splitlines()[1:]] == ["1", "2", "4", "8"]
+    assert all(len(line) <= 80 for line in table.splitlines())
+    assert "Best: 8 in flight" in summary
+    assert "a cold epoch over 30 objects" in summary.lower()
+    assert exports == "export ASYNCDS_CONCURRENCY=8\n"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert set(bucket.stats.requests) == {"GET", "LIST"}
+
+
+def test_tune_tells_machines_the_same(bucket):
+    bucket.latency = 0.02
+    code, output, errors = run("tune", "s3://mnist/train/", "--highest", "2", "--json")
+    found = json.loads(output)
+    assert (code, errors) == (0, "")
+    assert (found["objects"], found["complete"], found["best"]) == (30, True, 2)
+    assert found["export"] == {"ASYNCDS_CONCURRENCY": "2"}
+    assert [step["concurrency"] for step in found["steps"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["mnist/train"], 2, "is no S3 URI"),
+        (["s3://mnist/none/"], 1, "there is nothing to measure"),
+        (["s3://mnist/train/", "--plot", "tune.gif"], 2, "ends in .png, .svg or .pdf"),
+        (["s3://mnist/train/", "--plot", "no/folder/tune.png"], 2, "there is no folder"),
+        (["s3://mnist/train/", "--seconds", "0"], 2, "--seconds"),
+        (["s3://mnist/train/", "--highest", "0"], 2, "--highest"),
+    ],
+)
+def test_tune_refuses_in_one_line(bucket, arguments, code, message):
+    got, output, errors = run("tune", *arguments)
+    assert (got, output, errors.count("\n")) == (code, "", 1)
+    assert message in errors

@@ -10,6 +10,7 @@ from asyncds import __version__
 from asyncds.cli.config import config
 from asyncds.cli.demo import demo
 from asyncds.cli.holdings import clear, ls, stats
+from asyncds.cli.tune import tune
 from asyncds.cli.verify import verify
 from asyncds.cli.warm import warm
 from asyncds.errors import AsyncdsError
@@ -25,7 +26,7 @@ def _commands() -> None:
     """Async, cached datasets for PyTorch, from S3 and MinIO."""
 
 
-for _command in (warm, ls, stats, verify, clear, config, demo):
+for _command in (warm, tune, ls, stats, verify, clear, config, demo):
     _commands.add_command(_command)
 
 

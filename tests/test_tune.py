@@ -1,0 +1,97 @@
+"""What a bucket gives from here: steps, the knee, the limit's name; and that measuring leaves nothing behind."""
+
+import os
+
+import pytest
+
+from asyncds.errors import AccessDenied, EmptyDataset
+from asyncds.recipe import StoreRecipe
+from asyncds.testing import Fault
+from asyncds.tune import Step, binding, knee, tune
+
+KEYS = [f"train/{number:03}" for number in range(300)]
+BODY = os.urandom(1000)
+
+
+@pytest.fixture
+def server(s3):
+    s3.put_many("mnist", dict.fromkeys(KEYS, BODY))
+    return s3
+
+
+def step(concurrency, rate, *, cpu=0.1, refused=0):
+    return Step(concurrency, rate, 1000 * rate, 1.0, cpu, refused)
+
+
+GROWS = [step(1, 100), step(2, 200), step(4, 400), step(8, 800)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "written", "concurrency", "limit"),
+    [
+        (GROWS, 10_000, 8, "concurrency"),
+        ([*GROWS, step(16, 820), step(32, 810)], 10_000, 8, "network"),
+        ([*GROWS[:3], step(8, 800, cpu=0.95), step(16, 830, cpu=0.99)], 10_000, 8, "cpu"),
+        ([*GROWS, step(16, 820), step(32, 810)], 700, 8, "cache"),
+        ([*GROWS, step(16, 700, refused=100)], 10_000, 8, "store"),
+        ([step(1, 0)], 10_000, 1, "concurrency"),
+    ],
+)
+def test_knee_and_limit(steps, written, concurrency, limit):
+    assert knee(steps).concurrency == concurrency
+    assert binding(steps, written) == limit
+
+
+def test_a_step_says_how_long_one_takes_by_littles_law():
+    assert step(8, 800).time_of_one == pytest.approx(0.01)
+
+
+async def test_more_in_flight_is_tried_while_it_pays(server, tmp_path):
+    server.latency = 0.02
+    told = []
+    recipe = StoreRecipe.of(cache_dir=tmp_path)
+    found = await tune(recipe, "mnist", "train/", highest=8, seconds=20, tell=told.append)
+    assert [step.concurrency for step in told] == [1, 2, 4, 8]
+    assert (found.objects, found.complete, found.mean_size, found.cut) == (300, True, 1000, False)
+    assert found.best.concurrency == 8
+    assert found.steps[0].time_of_one >= 0.02
+    assert server.stats.max_in_flight == 8
+    assert set(server.stats.requests) == {"GET", "LIST"}, "nothing is written to the bucket"
+    assert sum(step.objects for step in told) <= server.stats.requests["GET"]
+    assert list(tmp_path.iterdir()) == [], "the cache that it measured is gone"
+
+
+async def test_no_more_objects_are_asked_for_than_may_be(server, tmp_path):
+    found = await tune(StoreRecipe.of(cache_dir=tmp_path), "mnist", "", objects=100, seconds=20)
+    assert found.cut
+    assert server.stats.requests["GET"] <= 100
+
+
+async def test_no_more_time_is_taken_than_there_is(server, tmp_path):
+    found = await tune(StoreRecipe.of(cache_dir=tmp_path), "mnist", "", seconds=0.01)
+    assert [step.concurrency for step in found.steps] == [1]
+    assert found.cut
+
+
+async def test_fewer_objects_than_requests_that_might_be_in_flight(server, tmp_path):
+    server.latency = 0.02
+    found = await tune(StoreRecipe.of(cache_dir=tmp_path), "mnist", "train/00", highest=64, seconds=20)
+    assert found.objects == 10
+    assert [step.concurrency for step in found.steps] == [1, 2, 4, 8, 10]
+
+
+async def test_store_that_refuses_is_asked_no_harder(server, tmp_path):
+    server.latency = 0.02
+    server.script("mnist", None, [Fault()] * 400 + [Fault.status(503)] * 100, shared=True)
+    found = await tune(StoreRecipe.of(cache_dir=tmp_path), "mnist", "", seconds=20)
+    assert found.limit == "store"
+    assert found.steps[-1].refused > 0
+    assert not found.cut
+
+
+async def test_errors_are_those_of_a_fetcher(server, tmp_path):
+    with pytest.raises(EmptyDataset, match="nothing to measure"):
+        await tune(StoreRecipe.of(cache_dir=tmp_path), "mnist", "none/")
+    server.script("mnist", None, [Fault.status(403, "AccessDenied")], forever=True)
+    with pytest.raises(AccessDenied):
+        await tune(StoreRecipe.of(cache_dir=tmp_path), "mnist", "")
