@@ -17,7 +17,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 
 help:
 	@echo "make demo    train on handwritten digits from a local S3 server, and see the difference"
-	@echo "make test    lint, type check, and all tests: with the newest and the oldest aiobotocore, and on the full lane"
+	@echo "make test    lint, type check, and all tests; some again with the oldest aiobotocore, and on the full lane"
 	@echo "make test-thorough  what varies these at length, and Lightning and Accelerate (ten minutes more)"
 	@echo "make bench   cold and warm epochs beside one request per sample, and beside local files; memory"
 	@echo "make bench-peers  the same beside other libraries, in environments of their own, and one GET by itself"
@@ -39,7 +39,7 @@ test-newest: $(VENV)/.test
 
 # What speaks S3, once more with the oldest aiobotocore that is supported, the one that aioboto3 pins.
 test-oldest: $(OLDEST)/.test
-	PATH="$(BIN):$$PATH" $(OLDEST)/bin/python -m pytest $(PARALLEL) tests/test_store.py tests/test_dataset.py
+	PATH="$(BIN):$$PATH" $(OLDEST)/bin/python -m pytest $(PARALLEL) tests/test_store.py tests/test_dataset.py tests/test_lanes.py
 
 # What brings objects, and what can go wrong with that, once more without the lean lane.
 test-full-lane: $(VENV)/.test

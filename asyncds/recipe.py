@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from asyncds.errors import ConfigurationError
 from asyncds.retry import Retry
 from asyncds.settings import Settings
 from asyncds.store import Connection, ObjectStore, S3Store
@@ -46,8 +47,13 @@ class StoreRecipe:
 
         `s3client_config` is anything with the attributes of `s3torchconnector.S3ClientConfig`. What it says about
         concurrency and attempts counts where it is not its default, and where neither argument nor environment does.
+        Raises `ConfigurationError`.
         """
         values = Settings(**settings)
+        if store is not None and values.verify_md5:
+            raise ConfigurationError(
+                "verify_md5 is about what S3 sends: a store of yours compares by itself; leave ASYNCDS_VERIFY_MD5 off"
+            )
         gbps = getattr(s3client_config, "throughput_target_gbps", None) or _CRT_GBPS
         if gbps != _CRT_GBPS:
             values = values.with_defaults(concurrency=min(4096, math.ceil(values.concurrency * gbps / _CRT_GBPS)))

@@ -75,7 +75,10 @@ class Counters:
     def count_get(self, lane: str, verified: str) -> None:
         """Count a GET that brought something: by the lane `lean`, or by the full one, for the reason given; and how
         that was verified."""
-        self.add(**{"gets_lean" if lane == "lean" else f"gets_full_{lane}": 1, f"verified_{verified}": 1})
+        with self._lock:
+            self._begin()
+            self._add(_PLACE_OF_LANE[lane], 1)
+            self._add(_PLACE_OF_VERIFIED[verified], 1)
 
     def observe(self, seconds: float) -> None:
         """Count a request that took so long."""
@@ -155,3 +158,5 @@ def _unlock_in_child() -> None:
 _counters: weakref.WeakSet[Counters] = weakref.WeakSet()
 os.register_at_fork(after_in_child=_unlock_in_child)
 _PLACE = {name: place for place, name in enumerate(COUNTERS)}
+_PLACE_OF_LANE = {name.removeprefix("gets_").removeprefix("full_"): _PLACE[name] for name in _PLACE if "gets_" in name}
+_PLACE_OF_VERIFIED = {name.removeprefix("verified_"): _PLACE[name] for name in _PLACE if "verified_" in name}

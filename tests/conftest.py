@@ -54,7 +54,15 @@ def chosen_lane(clean_environment, request, monkeypatch) -> None:
     """With `--lane full`, datasets and stores use the full lane, also those that a test makes itself."""
     if request.config.getoption("--lane") == "full":
         monkeypatch.setenv("ASYNCDS_LANE", "full")
+        assert S3Store.__init__.__kwdefaults__["lean"] is True
         monkeypatch.setitem(S3Store.__init__.__kwdefaults__, "lean", False)
+        count = S3Store._count
+
+        def count_none_of_the_lean_lane(self, lane, verified):
+            assert lane != "lean"
+            count(self, lane, verified)
+
+        monkeypatch.setattr(S3Store, "_count", count_none_of_the_lean_lane)
 
 
 @pytest.fixture(autouse=True)

@@ -12,15 +12,17 @@ from dataclasses import replace
 
 import aiobotocore.session
 import pytest
+import xxhash
 from aiobotocore.config import AioConfig
 from awscrt import checksums
+from botocore import httpchecksum
 
 from asyncds import CachedS3MapDataset, Connection, Fetcher, S3Store, Settings
-from asyncds.errors import ConfigurationError, TransferFailed
+from asyncds.errors import AccessDenied, ConfigurationError, ObjectChanged, TransferFailed
 from asyncds.manifest import ObjectInfo
 from asyncds.retry import Retry
 from asyncds.store.wire import NoConnection, Pool
-from asyncds.testing import Fault
+from asyncds.testing import FakeStore, Fault
 
 BODY = hashlib.shake_128(b"body").digest(10_000)
 FLIPPED = BODY[:-1] + bytes([BODY[-1] ^ 1])
@@ -100,6 +102,41 @@ def test_answers_that_are_never_understood_leave_the_bucket_to_the_full_lane(ser
     assert server.stats.requests["GET"] == 12 + 8, "eight in a row are asked for twice, and then no more"
 
 
+def test_objects_that_have_changed_do_not_lose_the_lane(server):
+    changed = [Fault(replacement=BODY[:-1], own_etag=True)]
+    for key in KEYS[1:11]:
+        server.script("mnist", key, changed, forever=True)
+    with CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=lambda file: file.read()) as dataset:
+        assert dataset[0] == BODY
+        for number in range(1, 11):
+            with pytest.raises(ObjectChanged):
+                dataset[number]
+        assert dataset[11] == BODY
+        assert lanes_of(dataset) == {"gets_lean": 1, "gets_full_first": 1}
+
+
+@LANES
+def test_headers_that_are_no_utf_8_cost_no_connection(server, lane):
+    told = Fault(extra_headers=(("x-amz-meta-place", "caf\udce9"),))  # the byte E9, as ISO 8859-1 has it
+    large = BODY * 100
+    server.put_many("mnist", dict.fromkeys(KEYS, large))
+    server.script("mnist", None, [told], forever=True)
+    options = {"lane": lane, "concurrency": 2, "deadline": 10}
+    with CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=lambda file: file.read(), **options) as dataset:
+        assert dataset.__getitems__(range(12)) == [large] * 12
+    assert server.stats.requests["GET"] == 12
+
+
+@LANES
+def test_refusal_with_such_headers_is_told_as_what_it_is(server, lane):
+    server.script("mnist", None, [replace(Fault.status(403, "AccessDenied"), extra_headers=(("x", "\udce9"),))] * 99)
+    options = {"lane": lane, "concurrency": 2, "deadline": 10}
+    with CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=lambda file: file.read(), **options) as dataset:
+        for number in range(12):
+            with pytest.raises(AccessDenied):
+                dataset[number]
+
+
 def test_lane_that_is_switched_off_is_so_in_another_process():
     store = S3Store(Connection("AWS"), concurrency=1, timeout=1, retry=Retry(0, 1, 1), lean=False)
     assert pickle.loads(pickle.dumps(store))._why_full("b") == "off"
@@ -146,6 +183,10 @@ CHECKSUMS = {
     "crc64nvme": lambda body: checksums.crc64nvme(body).to_bytes(8, "big"),
     "sha1": lambda body: hashlib.sha1(body).digest(),
     "sha256": lambda body: hashlib.sha256(body).digest(),
+    "sha512": lambda body: hashlib.sha512(body).digest(),
+    "xxhash64": lambda body: xxhash.xxh64_digest(body),
+    "xxhash3": lambda body: xxhash.xxh3_64_digest(body),
+    "xxhash128": lambda body: xxhash.xxh3_128_digest(body),
 }
 
 
@@ -156,7 +197,7 @@ def test_checksums_are_those_of_their_standards():
 
 
 @LANES
-@pytest.mark.parametrize("algorithm", CHECKSUMS)
+@pytest.mark.parametrize("algorithm", sorted(httpchecksum._CHECKSUM_CLS))
 def test_flipped_bit_is_found_by_each_checksum_that_a_server_may_send(server, lane, algorithm):
     right = base64.b64encode(CHECKSUMS[algorithm](BODY)).decode()
     told = Fault(extra_headers=((f"x-amz-checksum-{algorithm}", right),))
@@ -209,6 +250,11 @@ def test_etag_that_is_no_md5_is_not_compared(server, etag, lane):
     with CachedS3MapDataset.from_objects(uris, transform=lambda file: file.read(), **options) as dataset:
         assert dataset.__getitems__(range(12)) == [BODY] * 12
         assert verified(dataset) == {"length_etag": 12}
+
+
+def test_no_md5_is_compared_for_a_store_that_is_not_s3():
+    with pytest.raises(ConfigurationError, match=r"verify_md5 .* ASYNCDS_VERIFY_MD5"):
+        CachedS3MapDataset.from_prefix("s3://mnist/", store=FakeStore(), verify_md5=True)
 
 
 def test_checksum_counts_before_the_md5(server):

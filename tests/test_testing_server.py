@@ -754,6 +754,29 @@ def test_tls_carries_what_plain_http_does(tls, process):
         assert server.stats.requests == {"GET": 2, "PUT": 1, "HEAD": 1}
 
 
+def exchange_under_tls(connection: socket.socket, context: ssl.SSLContext, request: bytes) -> tuple[bytes, bool]:
+    """As `exchange`; and tell whether the connection was reset, which an SSLSocket does not."""
+    incoming, outgoing, received = ssl.MemoryBIO(), ssl.MemoryBIO(), b""
+    tls = context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+    steps = iter([tls.do_handshake, lambda: tls.write(request)])
+    step = next(steps)
+    while True:
+        with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            while step is not None:
+                step()
+                step = next(steps, None)
+            while piece := tls.read(65536):
+                received += piece
+        connection.sendall(outgoing.read())
+        try:
+            arrived = connection.recv(65536)
+        except ConnectionResetError:
+            return received, True
+        if not arrived:
+            return received, False
+        incoming.write(arrived)
+
+
 @pytest.mark.parametrize("fault", [Fault.reset(5000), Fault.close(5000), Fault.close(None)], ids=repr)
 def test_faults_end_connections_under_tls_too(tls, fault):
     certificate, key, authority = tls
@@ -761,14 +784,11 @@ def test_faults_end_connections_under_tls_too(tls, fault):
         server.put("b", "k", BODY)
         server.script("b", "k", [fault])
         context = ssl.create_default_context(cafile=authority)
-        with context.wrap_socket(connect(server), server_hostname="127.0.0.1") as connection:
-            connection.sendall(b"GET /b/k HTTP/1.1\r\n\r\n")
-            received = b""
-            with contextlib.suppress(OSError):
-                while piece := connection.recv(65536):
-                    received += piece
+        with connect(server) as connection:
+            received, was_reset = exchange_under_tls(connection, context, b"GET /b/k HTTP/1.1\r\n\r\n")
         body = received.partition(b"\r\n\r\n")[2]
         assert body == (BODY[: fault.after] if fault.after is not None else b"")
+        assert was_reset == (fault.ending == "reset")
         eventually(lambda: server.stats.connections_open == 0)
 
 

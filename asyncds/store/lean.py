@@ -19,7 +19,7 @@ from urllib.parse import quote, urlsplit
 from asyncds.manifest import ObjectInfo
 from asyncds.store.base import Reserve
 from asyncds.store.integrity import matches_checksum
-from asyncds.store.wire import Answer, BrokenConnection, Done, Pool
+from asyncds.store.wire import Answer, BrokenConnection, Done, Pool, length_of
 
 __all__ = ["Credentials", "LeanLane", "Template", "Why"]
 
@@ -258,7 +258,7 @@ class LeanLane:
                 answer = answer._replace(checked=True)
         if answer.whole:
             self._misunderstood.pop(bucket, None)
-        elif answer.status in _TO_BE_UNDERSTOOD:
+        elif answer.status in _TO_BE_UNDERSTOOD and length_of(answer.headers) is None:  # or another object has come
             self._misunderstood[bucket] += 1
         return answer
 

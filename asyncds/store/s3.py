@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import ssl
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -28,7 +29,7 @@ from asyncds.manifest import ObjectInfo, normalise_etag
 from asyncds.retry import Retry
 from asyncds.store.base import NoParts, Outcome, Reserve, failed, no_bound
 from asyncds.store.connection import Connection
-from asyncds.store.integrity import HowVerified, compare_md5
+from asyncds.store.integrity import HowVerified, can_verify, compare_md5
 from asyncds.store.lean import Credentials, LeanLane, Why
 from asyncds.store.translate import status_error, translate
 from asyncds.store.wire import Answer, Body, BrokenConnection
@@ -38,6 +39,9 @@ __all__ = ["S3Store"]
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 _FRESH_S, _STALE_S = 1.0, 60.0
+_SIZE = re.compile("[0-9]{1,18}")
+_ENCRYPTION = "x-amz-server-side-encryption", "x-amz-server-side-encryption-customer-algorithm"
+_ENCRYPTION_BYTES = tuple(name.encode() for name in _ENCRYPTION)
 _BOTOCORES = {"botocore", "aiobotocore", "boto3", "aioboto3"}
 _EVENTS = [
     "provide-client-params",
@@ -138,7 +142,8 @@ class S3Store:
     ) -> tuple[ObjectInfo, bytes]:
         """Make one attempt to read the object; see `ObjectStore.get`."""
         await self._opened(info.uri)
-        await self._turn_to_learn(info.bucket)
+        if self._lane is not None:
+            await self._turn_to_learn(info.bucket)
         if self._lane is not None and self._lane.knows(info.bucket):
             answer = await self._lean(self._lane, info, reserve, part)
             return answer or await self._full(info, reserve, part, "answer")
@@ -201,10 +206,10 @@ class S3Store:
             if not lane.knows(info.bucket):  # any more
                 return None
             answer = await lane.get(info, credentials, reserve, part, fresh=fresh)
+            if answer.whole:
+                return self._served(info, answer, part), answer.body
         except Exception as error:
             raise self._explained(error, info.uri) from error
-        if answer.whole:
-            return self._served(info, answer, part), answer.body
         if answer.status == 429 or answer.status >= 500:
             raise status_error(answer.status, "", info.uri)
         return None
@@ -216,16 +221,12 @@ class S3Store:
         if part is not None:
             size = _whole_size(answer.headers.get(b"content-range", b"").decode("latin-1"), part, info)
         verified: HowVerified = "checksum" if answer.checked else "length_etag"
-        if self._verify_md5 and part is None:
-            verified = self._compared(info, etag, partial(_header, answer), answer.body, verified)
+        if self._verify_md5 and part is None and not answer.checked:
+            encryption, customer_key = (answer.headers.get(name, b"").decode("latin-1") for name in _ENCRYPTION_BYTES)
+            if compare_md5(info.uri, etag, encryption, customer_key, answer.body):
+                verified = "etag_md5"
         self._count("lean", verified)
         return ObjectInfo(info.bucket, info.key, size, etag)
-
-    def _compared(
-        self, info: ObjectInfo, etag: str | None, header: Callable[[str], str], body: bytes, so_far: HowVerified
-    ) -> HowVerified:
-        is_md5 = compare_md5(info.uri, etag, header, body)
-        return "etag_md5" if is_md5 and so_far == "length_etag" else so_far
 
     async def _again(self, lane: LeanLane, info: ObjectInfo) -> tuple[ObjectInfo, bytes]:
         """The same attempt, on a connection that nobody has used."""
@@ -273,9 +274,11 @@ class S3Store:
                 body = await self._read(stream, expected, answer, reserve)
                 # botocore compares a checksum while it is read: with a stream of its own, if it knows the algorithm.
                 verified: HowVerified = "checksum" if "Checksum" in type(stream).__name__ else "length_etag"
-                if self._verify_md5 and part is None:
+                if self._verify_md5 and part is None and verified != "checksum":
                     headers = answer["ResponseMetadata"]["HTTPHeaders"]
-                    verified = self._compared(info, served, lambda name: headers.get(name, ""), body, verified)
+                    encryption, customer_key = (headers.get(name, "") for name in _ENCRYPTION)
+                    if compare_md5(info.uri, served, encryption, customer_key, body):
+                        verified = "etag_md5"
         except Exception as error:
             raise self._explained(error, info.uri) from error
         finally:
@@ -437,16 +440,12 @@ def _same_version(info: ObjectInfo, etag: str | None) -> None:
         raise ObjectChanged(f"{info.uri}: its ETag is {etag}, not {info.etag}")
 
 
-def _header(answer: Answer, name: str) -> str:
-    return answer.headers.get(name.encode(), b"").decode("latin-1")
-
-
 def _whole_size(content_range: str, part: slice, info: ObjectInfo) -> int:
     """The size of the object of which this is the part that was asked for."""
     span, _, size = content_range.removeprefix("bytes ").partition("/")
     if not content_range:
         raise NoParts(f"{info.uri}: the store sends whole objects only")
-    if span != f"{part.start}-{part.stop - 1}" or not size.isdigit():
+    if span != f"{part.start}-{part.stop - 1}" or not _SIZE.fullmatch(size):
         raise TransferFailed(f"{info.uri}: another part arrived than was asked for ({content_range[:80]})")
     return int(size)
 
@@ -495,7 +494,7 @@ def _leave_dates_alone(client: Any) -> None:
 
 def _lean_lane(client: Any, timeout: float) -> LeanLane | None:
     """A lane that trusts whom the client trusts, or None where the client goes out in a way it does not know."""
-    if _has_foreign_handlers(client):
+    if _has_foreign_handlers(client) or not can_verify():
         return None
     config, verify = client.meta.config, getattr(client._endpoint.http_session, "_verify", None)
     if config.proxies or get_environ_proxies(client.meta.endpoint_url) or config.client_cert:
@@ -528,7 +527,8 @@ def _guard(client: Any) -> None:
     """Never send a signed request, and a session token with it, to anybody but the endpoint.
 
     aiohttp follows a `Location` to wherever it points, and aiobotocore has no switch for that, up to 3.10 at least; so
-    every session of the client gets a trace that raises when it is about to. aiobotocore before 3.9 does not compare
+    every session of the client gets a trace that raises when it is about to. It reads headers as UTF-8 only, and loses
+    the connection of an answer that has others; so these are made so before. aiobotocore before 3.9 does not compare
     the host's name with its certificate; so its TLS contexts are told to. Raises `StoreError` where there is nothing to
     attach that to.
     """
@@ -538,6 +538,7 @@ def _guard(client: Any) -> None:
         raise StoreError("this version of aiobotocore cannot be guarded: install one from 2.25.1 on, below 4")
     trace = aiohttp.TraceConfig()
     trace.on_request_redirect.append(_refuse_redirect)
+    trace.on_request_end.append(_make_headers_readable)
     trace.freeze()
 
     async def guarded(proxy: str | None) -> aiohttp.ClientSession:
@@ -555,6 +556,19 @@ def _guard(client: Any) -> None:
 async def _refuse_redirect(session: object, context: object, request: aiohttp.TraceRequestRedirectParams) -> None:
     place = request.response.headers.get("Location", "")
     raise StoreError(f"{request.url.host} redirects to {place[:200]!r}: refused; check the endpoint")
+
+
+async def _make_headers_readable(session: object, context: object, end: aiohttp.TraceRequestEndParams) -> None:
+    """Rewrite headers that are no UTF-8, as ISO 8859-1 (RFC 9110, 5.5)."""
+    response: Any = end.response
+    headers = getattr(response, "_raw_headers", None)  # the property without the underscore keeps what it once gave
+    if headers is None:
+        response.close()
+        raise StoreError("this version of aiohttp cannot be guarded: install one from 3.10 on")
+    try:
+        b"".join(value for _, value in headers).decode()
+    except UnicodeDecodeError:
+        response._raw_headers = tuple((name, value.decode("latin-1").encode()) for name, value in headers)
 
 
 def _refuse_wrong_region(response: Any, request_dict: dict[str, Any], **_: Any) -> None:

@@ -22,7 +22,7 @@ from aiohappyeyeballs import AddrInfoType, start_connection
 
 from asyncds.store.base import Reserve, no_bound
 
-__all__ = ["Answer", "Body", "BrokenConnection", "NoConnection", "Pool"]
+__all__ = ["Answer", "Body", "BrokenConnection", "NoConnection", "Pool", "length_of"]
 
 _log = logging.getLogger(__name__)
 _LONGEST_HEAD = 64 << 10
@@ -172,7 +172,7 @@ class _Connection(asyncio.BufferedProtocol):
                 self._fail(BrokenConnection("the head of the answer does not end"))
             return
         head = _parsed(data[:end])
-        length = None if head is None else _length(head[1])
+        length = None if head is None else length_of(head[1])
         if head is None:
             self.abort()
             self.end(Answer(0, {}, b"", whole=False))
@@ -234,7 +234,8 @@ def _parsed(head: bytes) -> tuple[int, dict[bytes, bytes]] | None:
     return int(first[9:12]), headers
 
 
-def _length(headers: dict[bytes, bytes]) -> int | None:
+def length_of(headers: dict[bytes, bytes]) -> int | None:
+    """The length of a body, if an answer says it in the one way that is understood."""
     text = headers.get(b"content-length", b"")
     return int(text) if text.isdigit() and len(text) < 19 and b"transfer-encoding" not in headers else None
 
@@ -316,6 +317,7 @@ class Pool:
         self._idle: deque[_Connection] = deque()
         self._busy: set[_Connection] = set()
         self._watch: asyncio.TimerHandle | None = None
+        self._closed = False
 
     async def get(
         self, request: bytes, size: int | None, reserve: Reserve, status: int = 200, *, fresh: bool = False
@@ -326,7 +328,7 @@ class Pool:
 
         Raises `NoConnection` or `BrokenConnection`; what stands still for `timeout` seconds is broken. A connection
         that was kept alive and turns out to be closed is replaced once; a `fresh` request goes over a new one.
-        Cancelling closes the connection.
+        Cancelling closes the connection. Raises `NoConnection` once the pool is closed.
         """
         connection = None if fresh else self._kept()
         if connection is not None:
@@ -372,7 +374,8 @@ class Pool:
         try:
             return await answer
         except asyncio.CancelledError:
-            connection.abort()
+            if answer.cancelled():  # or the answer is there, and somebody else may have the connection
+                connection.abort()
             raise
 
     def _kept(self) -> _Connection | None:
@@ -385,6 +388,8 @@ class Pool:
 
     async def _opened(self) -> _Connection:
         loop, name = asyncio.get_running_loop(), self._host if self._tls is not None else None
+        if self._closed:
+            raise NoConnection(f"{self._host}:{self._port}") from ConnectionError("the pool is closed")
         try:
             async with asyncio.timeout(self._timeout):
                 wire = await self._reached()
@@ -397,6 +402,8 @@ class Pool:
                     raise
         except OSError as error:
             raise NoConnection(f"{self._host}:{self._port}") from error
+        if self._closed:  # meanwhile
+            connection.abort()
         return connection
 
     async def _reached(self) -> socket.socket:
@@ -434,7 +441,8 @@ class Pool:
             self._watch_over()
 
     async def aclose(self) -> None:
-        """Close all connections, and wait for the loop to notice."""
+        """Close all connections, for good, and wait for the loop to notice."""
+        self._closed = True
         if self._watch is not None:
             self._watch.cancel()
         for connection in [*self._idle, *self._busy]:

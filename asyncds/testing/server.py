@@ -90,7 +90,7 @@ class _S3Service:
         loop, context = asyncio.get_running_loop(), None
         if self._tls is not None:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(*self._tls)
+            context.load_cert_chain(*self._tls, password="")
         self._server = await loop.create_server(lambda: Connection(self), "127.0.0.1", 0, backlog=_BACKLOG, ssl=context)
         scheme = "http" if context is None else "https"
         return f"{scheme}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
@@ -291,7 +291,7 @@ def _checked_latency(latency: float | LogNormal) -> float | LogNormal:
 def _checked_tls(certificate: str | os.PathLike[str], key: str | os.PathLike[str]) -> tuple[str, str]:
     paths = os.path.abspath(certificate), os.path.abspath(key)
     try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(*paths)
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(*paths, password="")  # ask nobody
     except OSError as error:  # an SSLError is one
         raise ConfigurationError(f"tls: {paths[0]} and {paths[1]} are no certificate and its key: {error}") from error
     return paths
