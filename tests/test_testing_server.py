@@ -761,12 +761,13 @@ def exchange_under_tls(connection: socket.socket, context: ssl.SSLContext, reque
     steps = iter([tls.do_handshake, lambda: tls.write(request)])
     step = next(steps)
     while True:
-        with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+        with contextlib.suppress(ssl.SSLWantReadError):
             while step is not None:
                 step()
                 step = next(steps, None)
             while piece := tls.read(65536):
                 received += piece
+            return received, False  # it said that it closes
         connection.sendall(outgoing.read())
         try:
             arrived = connection.recv(65536)
