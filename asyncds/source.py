@@ -153,7 +153,7 @@ class _Runtime:
         settings = source.settings
         self.pid = os.getpid()
         self.portal = Portal.enter()
-        concurrency = max(1, settings.concurrency // workers())
+        slots = self.portal.shared(settings.concurrency, lambda: Slots.of(settings.concurrency, workers()))
         retry = Retry(
             settings.retries,
             settings.deadline,
@@ -161,15 +161,15 @@ class _Runtime:
             on_retry=lambda: source_counters.add(retries=1),
         )
         source_counters = source.counters
-        self.store = source.recipe.make(concurrency, retry, source_counters.count_lane)
+        self.store = source.recipe.make(slots.most, retry, source_counters.count_lane)
         self.fetcher = Fetcher(
             self.store,
             source.cache,
-            concurrency=concurrency,
+            concurrency=settings.concurrency,
             retry=retry,
             tag=source.tag,
             counters=source_counters,
-            slots=self.portal.shared(concurrency, lambda: Slots(concurrency)),
+            slots=slots,
             memory=self.portal.shared(Memory, Memory),
             admits=partial(Source.admits, weakref.proxy(source)) if settings.admit == "smallest" else None,
             on_early=source.early.add,

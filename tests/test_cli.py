@@ -111,7 +111,11 @@ def test_interrupted_warm_keeps_what_arrived_and_goes_on(bucket):
         (["s3://mnist/nothing"], 1, "there is nothing under this prefix"),
         (["s3://no-such-bucket/x"], 1, "the bucket does not exist"),
         (["s3://mnist", "--cache-size", "lots"], 2, "error: cache_size='lots': must be bytes with a unit"),
-        (["s3://mnist", "--concurrency", "0"], 2, "error: concurrency='0': must be a whole number from 1 to 4096"),
+        (
+            ["s3://mnist", "--concurrency", "0"],
+            2,
+            "error: concurrency='0': must be auto, or a whole number from 1 to 4096",
+        ),
         (["s3://mnist", "--endpoint", "localhost:9"], 2, "write http://localhost:9"),
         (["s3://mnist", "--limit", "0"], 2, "Error: Invalid value for '--limit'"),
     ],
