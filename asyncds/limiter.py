@@ -9,8 +9,9 @@ _LEAST, _START, _MOST = 4, 64, 1024
 _REQUEST = 64 << 10  # bytes that would come in the time that a request takes beside those of its object
 _PRICE = 0.1  # of what goodput may rise by, in proportion to the limit: less is not worth a longer queue
 _LONGEST_STEP, _SHORTEST_STEP = math.log(2), math.log(1.12)
-_LONGEST_STEP_DOWN = math.log(1.3)  # one too many costs goodput, one up only a queue
+_LONGEST_STEP_DOWN = math.log(1.3)  # one too many costs goodput, and one up only a queue
 _EVIDENCE = 1.4  # generations of answers by which a step of one, on the logarithmic scale, is judged
+_SURPRISE = 0.35  # beyond what a step can change: the network is another one
 _SHORTEST_LOOK_S = 0.06
 _FEW = 32  # answers: of fewer, no share of failures is spoken of
 _BAD = 0.1
@@ -32,7 +33,8 @@ class Limiter:
     down where fewer would do. That holds whether the store, the network, this process's CPU or its disk has had enough:
     none of them is asked. Every step is judged by what came after it had taken effect, against what came before.
     A step that has paid is followed by one twice as long, up to a doubling, a step that has not by one half as long,
-    back; the shorter a step is, the longer it is looked at: noise weighs more in it.
+    back; the shorter a step is, the longer it is looked at: noise weighs more in it. Where goodput changes by more than
+    a step explains, the network is another one, and the search begins anew, upwards.
 
     Failures count twice. Goodput is multiplied by the share of answers that are none, as utilities in PCC fall with
     loss (M. Dong et al., NSDI 2015): what fails at any limit decides nothing. And where the failures of a generation of
@@ -98,13 +100,21 @@ class Limiter:
         goodput = self._brought / self._seconds * (1 - self._lost / self._seen)
         height = math.log(goodput) - _PRICE * math.log(self._limit)
         if self._before is not None:
-            if height >= self._before:
-                self._step = min(_LONGEST_STEP, self._step * 2)
-            else:
-                self._up, self._step = not self._up, max(_SHORTEST_STEP, self._step / 2)
+            self._learn(height - self._before)
         self._before = height
         self._up = self._limit <= self.least or (self._up and self._limit < self.most)
-        self._go(self._limit * math.exp(self._step if self._up else -min(self._step, _LONGEST_STEP_DOWN)))
+        if not self._up:
+            self._step = min(self._step, _LONGEST_STEP_DOWN)
+        self._go(self._limit * math.exp(self._step if self._up else -self._step))
+
+    def _learn(self, gain: float) -> None:
+        """Choose the next step by what the last one has gained."""
+        if abs(gain) > self._step + _SURPRISE:
+            self._up, self._step = True, _LONGEST_STEP
+        elif gain >= 0:
+            self._step = min(_LONGEST_STEP, 2 * self._step)
+        else:
+            self._up, self._step = not self._up, max(_SHORTEST_STEP, self._step / 2)
 
     def _cut(self, excess: float) -> None:
         """Back off at once; the next look is the base of a step back to where the limit was."""
