@@ -281,7 +281,7 @@ class Fetcher:
         """Yield the objects as they arrive, in no particular order, each once; the first failure is raised.
 
         What is requested runs ahead of the consumer by at most twice the concurrency, and by the bytes of `memory`, as
-        far as sizes are known beforehand: one who is slow holds it up.
+        far as sizes are known beforehand: one who is slow holds it up. With `auto`, it may be 512 objects.
         """
         async with contextlib.aclosing(self.outcomes(infos)) as outcomes:
             async for _, result in outcomes:

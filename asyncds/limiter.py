@@ -19,7 +19,8 @@ _BAD = 0.1
 
 def most() -> int:
     """The highest limit that this process can have: half of the files that it may open are for others than sockets."""
-    return min(_MOST, max(_LEAST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST if files == resource.RLIM_INFINITY else min(_MOST, max(_LEAST, files // 2))
 
 
 class Limiter:

@@ -1,6 +1,8 @@
 """The limiter against simulated networks: it is told none of what they are, and no clock but theirs runs."""
 
+import asyncio
 import math
+import resource
 from functools import cache
 
 import pytest
@@ -8,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Network, Second, Simulation, goodput
 
-from asyncds.limiter import Limiter
-from asyncds.testing import LogNormal
+from asyncds import Fetcher, ObjectInfo
+from asyncds.download import Slots
+from asyncds.limiter import Limiter, most
+from asyncds.testing import Fault, LogNormal
 
 FIXED = (4, 8, 16, 32, 64, 128, 256)
 NETWORKS = {
@@ -223,3 +227,94 @@ def test_simulation_is_the_same_each_time():
     network = Network(latency=LogNormal(0.01, 0.05), fails=0.01)
     assert auto(network, 1, seed=3) == auto(network, 1, seed=3)
     assert auto(network, 1, seed=3) != auto(network, 1, seed=4)
+
+
+# in use
+
+
+class Scripted(Limiter):
+    """Says one limit after another, and tells when it has said the last."""
+
+    def __init__(self, *limits: int) -> None:
+        super().__init__(start=limits[0], least=1)
+        self.limits = list(limits[1:])
+        self.said = asyncio.Event()
+
+    def told(self, seconds, objects, size, failures, *, bound):
+        if self.limits:
+            self._limit = float(self.limits.pop(0))
+        else:
+            self.said.set()
+        return self.limit
+
+
+async def test_more_slots_let_those_go_who_wait_for_one():
+    slots = Slots(Scripted(1, 3))
+    async with asyncio.timeout(10):
+        await slots.take(1)
+        slots.came(100)
+        await slots.take(1)
+        await slots.take(1)
+    assert slots.size == 3
+    assert slots.spent
+
+
+async def test_fewer_slots_let_land_what_is_in_flight():
+    limiter = Scripted(3, 1)
+    slots = Slots(limiter)
+    async with asyncio.timeout(10):
+        for _ in range(3):
+            await slots.take(1)
+        slots.failed()
+        await limiter.said.wait()
+    for _ in range(2):
+        slots.give_back(1)
+        assert slots.spent
+    slots.give_back(1)
+    assert slots.take_now(1)
+    assert not slots.take_now(1)
+
+
+async def test_a_number_stays_as_it_is():
+    slots = Slots.of(64, 3)
+    for _ in range(100):
+        slots.failed()
+    assert (slots.size, slots.most) == (21, 21)
+    assert Slots.of(2, 3).size == 1
+
+
+@pytest.mark.parametrize(("processes", "start"), [(1, 64), (8, 64), (64, 16), (4096, 1)])
+def test_processes_share_the_highest_limit(monkeypatch, processes, start):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4096, 4096))
+    slots = Slots.of("auto", processes)
+    assert slots.size == start
+    assert slots.most == max(1, 1024 // processes)
+
+
+def test_highest_limit_leaves_files_for_others(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
+    assert most() == 128
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert most() == 1024
+
+
+async def test_limiter_is_told_of_each_object_and_each_failed_attempt_once(s3, monkeypatch):
+    told, all_told = [0, 0, 0], asyncio.Event()
+
+    def record(limiter, seconds, *counts, bound):
+        assert seconds >= 0
+        told[:] = [total + count for total, count in zip(told, counts, strict=True)]
+        if told[0] == 301:
+            all_told.set()
+        return limiter.limit
+
+    monkeypatch.setattr(Limiter, "told", record)
+    infos = [ObjectInfo("mnist", f"{number:03}", 100) for number in range(301)]
+    s3.put_many("mnist", {info.key: bytes(100) for info in infos})
+    async with asyncio.timeout(20), Fetcher.open(concurrency="auto") as fetcher:
+        await fetcher.get(infos[0])
+        s3.script("mnist", None, [Fault.status(503)] * 10 + [Fault.reset()] * 10, shared=True)
+        assert len([found async for found in fetcher.fetch(infos[1:])]) == 300
+        await all_told.wait()
+        assert "at most 64" in repr(fetcher)
+    assert told == [301, 30100, 20]
