@@ -5,12 +5,12 @@ import resource
 
 __all__ = ["Limiter", "most"]
 
-_LEAST, _START, _MOST = 4, 64, 1024
+_LEAST, _START, _MOST = 4, 128, 1024
 _REQUEST = 64 << 10  # bytes that would come in the time that a request takes beside those of its object
 _PRICE = 0.1  # of what goodput may rise by, in proportion to the limit: less is not worth a longer queue
 _LONGEST_STEP, _SHORTEST_STEP = math.log(2), math.log(1.12)
 _LONGEST_STEP_DOWN = math.log(1.3)  # one too many costs goodput, and one up only a queue
-_EVIDENCE = 1.4  # generations of answers by which a step of one, on the logarithmic scale, is judged
+_EVIDENCE = math.log(2)  # generations of answers by which a step of one, on the logarithmic scale, is judged
 _SURPRISE = 0.35  # beyond what a step can change: the network is another one
 _SHORTEST_LOOK_S = 0.06
 _FEW = 32  # answers: of fewer, no share of failures is spoken of

@@ -159,12 +159,12 @@ def test_storm_of_thirty_seconds_is_survived():
 
 def test_small_demand_is_no_evidence():
     ticks = auto(Network(latency=0.05), 20, demand=lambda time: 100 * time)
-    assert {tick.limit for tick in ticks} == {64}
+    assert {tick.limit for tick in ticks} == {128}
 
 
 def test_batches_with_pauses_between_them_raise_a_limit_that_holds_them_up():
     ticks = auto(Network(latency=0.05), 30, demand=lambda time: 500 * (1 + time // 1))
-    assert ticks[-1].limit >= 128  # 500 at once, each second
+    assert ticks[-1].limit > 128  # 500 at once, each second
 
 
 def test_limit_that_holds_nobody_up_stays_after_a_busy_time():
@@ -283,7 +283,7 @@ async def test_a_number_stays_as_it_is():
     assert Slots.of(2, 3).size == 1
 
 
-@pytest.mark.parametrize(("processes", "start"), [(1, 64), (8, 64), (64, 16), (4096, 1)])
+@pytest.mark.parametrize(("processes", "start"), [(1, 128), (8, 128), (64, 16), (4096, 1)])
 def test_processes_share_the_highest_limit(monkeypatch, processes, start):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (4096, 4096))
     slots = Slots.of("auto", processes)
@@ -316,5 +316,5 @@ async def test_limiter_is_told_of_each_object_and_each_failed_attempt_once(s3, m
         s3.script("mnist", None, [Fault.status(503)] * 10 + [Fault.reset()] * 10, shared=True)
         assert len([found async for found in fetcher.fetch(infos[1:])]) == 300
         await all_told.wait()
-        assert "at most 64" in repr(fetcher)
+        assert "at most 128" in repr(fetcher)
     assert told == [301, 30100, 20]
