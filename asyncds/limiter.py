@@ -30,7 +30,7 @@ class Limiter:
     for large ones bytes per second, and for a mixture neither a few giants nor many dwarfs look like a change.
 
     It climbs the hill of `ln(goodput) - 0.1 ln(limit)`, which is the logarithm of a generalised "power" (L. Kleinrock,
-    "Power and deterministic rules of thumb", ICC 1979): up as long as a limit that is twice as high brings 11 % more;
+    "Power and deterministic rules of thumb", ICC 1979): up as long as a limit that is twice as high brings 7 % more;
     down where fewer would do. That holds whether the store, the network, this process's CPU or its disk has had enough:
     none of them is asked. Every step is judged by what came after it had taken effect, against what came before.
     A step that has paid is followed by one twice as long, up to a doubling, a step that has not by one half as long,
