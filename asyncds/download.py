@@ -8,10 +8,11 @@ import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from asyncds.errors import ObjectChanged, TransferFailed
+from asyncds.errors import AsyncdsError, ObjectChanged, TransferFailed
 from asyncds.large import PART
+from asyncds.limiter import Limiter, most
 from asyncds.manifest import ObjectInfo
 from asyncds.retry import Retry
 from asyncds.store.base import First, ObjectStore, failed, no_bound
@@ -20,6 +21,8 @@ __all__ = ["Budget", "Downloader", "Express", "Memory", "SizeTold", "Slots", "ve
 
 _log = logging.getLogger(__name__)
 _MEMORY = 32 << 20
+_TICK_S = 0.02
+_WINDOW = 512  # that the writer never waits for a limiter which has found that few requests suffice
 _SLOWEST = 1e6  # bytes per second below which a large object may miss its deadline
 _SIZES_TOLD = 4  # for one object, before it is given up
 _UNLISTED = 64 << 10  # bytes that an object of unknown size is taken for at least, until its answer begins
@@ -124,11 +127,68 @@ def _granted(turn: asyncio.Future[None]) -> bool:
 
 
 class Slots(Budget):
-    """Requests that may be in flight. Whoever has something to send when one is free is in `listeners`."""
+    """Requests that may be in flight: a number of them, or as many as a limiter says, which is told what they bring.
 
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
+    Whoever has something to send when one is free is in `listeners`, and says by `held_up` whether it would send more.
+    When there are to be fewer, what is in flight lands. `most` is how many there can ever be.
+    """
+
+    def __init__(self, size: int | Limiter) -> None:
+        self._limiter = size if isinstance(size, Limiter) else None
+        super().__init__(size.limit if isinstance(size, Limiter) else size)
+        self.most = size.most if isinstance(size, Limiter) else size
         self.listeners = weakref.WeakSet[Any]()
+        self._objects = self._bytes = self._failures = 0  # since the limiter was told
+        self._watch: asyncio.TimerHandle | None = None
+        self._told, self._bound = 0.0, False
+
+    @classmethod
+    def of(cls, concurrency: int | Literal["auto"], processes: int = 1) -> "Slots":
+        """The share of one of so many processes in what a rank may have in flight, at least one request."""
+        if concurrency == "auto":
+            return cls(Limiter(most=max(1, most() // processes)))
+        return cls(max(1, concurrency // processes))
+
+    @property
+    def window(self) -> int:
+        """How many objects may be under way at once, in flight or waiting to be stored."""
+        return 2 * self.size if self._limiter is None else max(_WINDOW, 2 * self.size)
+
+    def came(self, size: int) -> None:
+        """Count an object, or a part of one, that was brought as it should be."""
+        self._objects += 1
+        self._bytes += size
+        if self._watch is None and self._limiter is not None:
+            self._watch_on()
+
+    def failed(self) -> None:
+        """Count a request that came to nothing, and would be repeated."""
+        self._failures += 1
+        if self._watch is None and self._limiter is not None:
+            self._watch_on()
+
+    def _watch_on(self) -> None:
+        if self._watch is None:
+            self._told, self._bound = time.perf_counter(), False
+        self._watch = asyncio.get_running_loop().call_later(_TICK_S, self._tell)
+
+    def _tell(self) -> None:
+        """Tell the limiter from time to time what has come, rather than with each object, while something is due."""
+        assert self._limiter is not None
+        now, held_up = time.perf_counter(), bool(self._waiting) or any(other.held_up for other in self.listeners)
+        came = self._objects, self._bytes, self._failures
+        size = self._limiter.told(now - self._told, *came, bound=held_up and self._bound)
+        self._objects = self._bytes = self._failures = 0
+        self._told, self._bound = now, held_up
+        more, self.size = size > self.size, size
+        if self._used or self._waiting:
+            self._watch_on()
+        else:
+            self._watch = None
+        if more:
+            self.give_back(0)
+            for other in list(self.listeners):
+                other.launch_ahead()
 
 
 class Memory(Budget):
@@ -284,6 +344,7 @@ class Downloader:
 
     def arrived(self, size: int, seconds: float) -> None:
         """Count an object that came by express, and let others have its slot."""
+        self.slots.came(size)
         self.slots.give_back(1)
         self._observe(seconds)
         self._retry.reached = True
@@ -351,10 +412,22 @@ class Downloader:
         started = time.perf_counter()
         other = next(others, None)
         asked = other() if other is not None else self._store.get(info, partial(_admit, turn, most, clock))
-        served, body = await asked
-        verify(info, served, body)
+        with self._counted():
+            served, body = await asked
+            verify(info, served, body)
+        self.slots.came(len(body))
         self._observe(time.perf_counter() - started)
         return served, body
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count an attempt that fails in a way that another may not."""
+        try:
+            yield
+        except AsyncdsError as error:
+            if error.transient:
+                self.slots.failed()
+            raise
 
     async def _bring(self, info: ObjectInfo, part: slice, write: Callable[[int, bytes], Any], spent: float) -> None:
         turn = _Turn(self.slots, self.memory, part.stop - part.start)
@@ -367,10 +440,12 @@ class Downloader:
 
     async def _attempt_part(self, info: ObjectInfo, part: slice, _: asyncio.Timeout) -> bytes:
         started = time.perf_counter()
-        served, body = await self._store.get(info, no_bound, part)
-        if len(body) != part.stop - part.start:
-            raise TransferFailed(f"{info.uri}: {len(body)} bytes of a part of {part.stop - part.start} arrived")
-        verify(info, served, None)
+        with self._counted():
+            served, body = await self._store.get(info, no_bound, part)
+            if len(body) != part.stop - part.start:
+                raise TransferFailed(f"{info.uri}: {len(body)} bytes of a part of {part.stop - part.start} arrived")
+            verify(info, served, None)
+        self.slots.came(len(body))
         self._observe(time.perf_counter() - started)
         return body
 

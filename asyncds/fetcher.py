@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack
 
 from asyncds.cache import Cache, LargeEntry
 from asyncds.download import Downloader, Express, Memory, SizeTold, Slots
@@ -143,9 +143,8 @@ class Flight(Express):
 class _Window:
     """Downloads that were launched and not yet handed on, bounded in number and in bytes."""
 
-    def __init__(self, fetcher: "Fetcher", size: int, memory: int) -> None:
+    def __init__(self, fetcher: "Fetcher", memory: int) -> None:
         self._fetcher = fetcher
-        self._size = size
         self._memory = memory
         self._held = 0
         self._finished: asyncio.Queue[tuple[Flight, int]] | None = asyncio.Queue()
@@ -153,7 +152,7 @@ class _Window:
 
     @property
     def full(self) -> bool:
-        return self.pending >= self._size or self._held >= self._memory
+        return self.pending >= self._fetcher.downloader.slots.window or self._held >= self._memory
 
     def launch(self, info: ObjectInfo) -> None:
         flight = self._fetcher.start(info)
@@ -204,7 +203,7 @@ class Fetcher:
         store: ObjectStore,
         cache: Cache | None,
         *,
-        concurrency: int,
+        concurrency: int | Literal["auto"],
         retry: Retry,
         tag: str = "",
         counters: Counters | None = None,
@@ -219,9 +218,8 @@ class Fetcher:
             raise ConfigurationError(f"{type(store).__name__}.get() must take (info, reserve, part)") from None
         self._store = store
         self._cache = cache
-        self._concurrency = concurrency
         self._patience = retry.deadline / 4
-        self._slots = slots or Slots(concurrency)
+        self._slots = slots or Slots.of(concurrency)
         observe = counters.observe if counters is not None else lambda seconds: None
         self.downloader = Downloader(store, retry, self._slots, memory or Memory(), observe)
         self._tag = tag
@@ -257,13 +255,15 @@ class Fetcher:
             undo.callback(cache.close)
             cache.hold(tag)
             undo.callback(cache.release, tag)
-            store = recipe.make(settings.concurrency, retry)
-            fetcher = cls(store, cache, concurrency=settings.concurrency, retry=retry, tag=tag)
+            slots = Slots.of(settings.concurrency)
+            store = recipe.make(slots.most, retry)
+            fetcher = cls(store, cache, concurrency=settings.concurrency, retry=retry, tag=tag, slots=slots)
             fetcher._at_end = undo.pop_all()
         return fetcher
 
     def __repr__(self) -> str:
-        return f"<Fetcher {len(self._flights)} in flight, {self._done} done, {self._failed} failed>"
+        flights = f"{len(self._flights)} in flight, at most {self._slots.size}"
+        return f"<Fetcher {flights}, {self._done} done, {self._failed} failed>"
 
     async def __aenter__(self) -> Self:
         return self
@@ -274,7 +274,7 @@ class Fetcher:
     @property
     def in_flight(self) -> int:
         """Objects that were sent for, and have not arrived."""
-        return min(self._unarrived, self._concurrency)
+        return min(self._unarrived, self._slots.size)
 
     async def get(self, info: ObjectInfo) -> Fetched:
         """Return one object, from the cache or the store.
@@ -290,7 +290,7 @@ class Fetcher:
         """Yield the objects as they arrive, in no particular order, each once; the first failure is raised.
 
         What is requested runs ahead of the consumer by at most twice the concurrency, and by the bytes of `memory`, as
-        far as sizes are known beforehand: one who is slow holds it up.
+        far as sizes are known beforehand: one who is slow holds it up. With `auto`, it may be 512 objects.
         """
         async with contextlib.aclosing(self.outcomes(infos)) as outcomes:
             async for _, result in outcomes:
@@ -302,7 +302,7 @@ class Fetcher:
         self, infos: Iterable[ObjectInfo]
     ) -> AsyncGenerator[tuple[ObjectInfo, Fetched | AsyncdsError], None]:
         """As `fetch`, with each failure in the place of its object."""
-        window = _Window(self, 2 * self._concurrency, self.downloader.memory.size)
+        window = _Window(self, self.downloader.memory.size)
         try:
             for chunk in _chunks(infos):
                 for info, hit in zip(*self._lookup(chunk), strict=True):
@@ -385,17 +385,27 @@ class Fetcher:
         flight.arrive(result)
         self._unarrived -= 1
         # Some at a time: what is launched together is claimed, looked up and written together.
-        if self._unarrived <= self._concurrency - self._concurrency // _REFILLS:
+        if self._unarrived <= self._few:
             for fetcher in list(self._slots.listeners):
                 try:
                     fetcher.launch_ahead()
                 except Exception:  # of another dataset, maybe: this one's objects go on
                     _log.exception("nothing more is brought in advance")
 
+    @property
+    def _few(self) -> int:
+        """So many downloads are under way when more is brought in advance."""
+        return self._slots.size - self._slots.size // _REFILLS
+
+    @property
+    def held_up(self) -> bool:
+        """Whether more would be brought in advance if there were more slots."""
+        return self._ahead.next() is not None and (self._unarrived > self._few or self._slots.spent)
+
     def launch_ahead(self) -> None:
         """Send for what was named in advance, as far as there are slots; to be called on the loop."""
         room: int | None = None
-        while not self._closed and self._unarrived < self._concurrency and not self._slots.spent:
+        while not self._closed and self._unarrived < self._slots.size and not self._slots.spent:
             wanted = self._ahead.next()
             if wanted is None:
                 return

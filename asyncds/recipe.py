@@ -15,6 +15,7 @@ __all__ = ["StoreRecipe"]
 
 # The defaults of s3torchconnector's S3ClientConfig: a value that equals them was not chosen.
 _CRT_GBPS, _CRT_ATTEMPTS = 10.0, 10
+_PER_GBPS = 25.6  # requests in flight
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class StoreRecipe:
             )
         gbps = getattr(s3client_config, "throughput_target_gbps", None) or _CRT_GBPS
         if gbps != _CRT_GBPS:
-            values = values.with_defaults(concurrency=min(4096, math.ceil(values.concurrency * gbps / _CRT_GBPS)))
+            values = values.with_defaults(concurrency=min(4096, math.ceil(_PER_GBPS * gbps)))
         attempts = getattr(s3client_config, "max_attempts", None) or _CRT_ATTEMPTS
         if attempts != _CRT_ATTEMPTS:
             values = values.with_defaults(retries=attempts - 1)

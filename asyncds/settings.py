@@ -151,7 +151,9 @@ class Settings(BaseSettings):
         env_prefix="ASYNCDS_", env_ignore_empty=True, extra="ignore", frozen=True, populate_by_name=True
     )
 
-    concurrency: int = Field(256, ge=1, le=4096, description="requests in flight per rank, shared out over its workers")
+    concurrency: Annotated[int, Ge(1), Le(4096)] | Literal["auto"] = Field(
+        "auto", description="requests in flight per rank, shared out over its workers, or auto: as many as pay"
+    )
     cache_dir: Annotated[Path, BeforeValidator(_directory)] = Field(
         default_factory=_default_directory,
         description="directory in which asyncds makes its own folder, `asyncds`",
@@ -342,10 +344,12 @@ def _variables(name: str, field: FieldInfo) -> list[str]:
 
 
 def _allowed(field: FieldInfo) -> str:
-    bounds = {type(constraint): constraint for constraint in field.metadata}
+    kinds = get_args(field.annotation)
+    within = [constraint for kind in kinds for constraint in getattr(kind, "__metadata__", ())]
+    bounds = {type(constraint): constraint for constraint in [*field.metadata, *within]}
     low = bounds.get(Ge) or bounds.get(Gt)
     if isinstance(low, Ge | Gt) and isinstance(high := bounds.get(Le), Le):
-        kind = "a whole number" if field.annotation is int else "a number"
+        kind = "a whole number" if field.annotation is int else "auto, or a whole number" if within else "a number"
         start = f"from {low.ge}" if isinstance(low, Ge) else f"above {low.gt}"
         return f"must be {kind} {start} to {high.le:g} ({field.description})"
     if get_args(field.annotation) and all(isinstance(choice, str) for choice in get_args(field.annotation)):

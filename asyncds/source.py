@@ -157,7 +157,7 @@ class _Runtime:
         settings = source.settings
         self.pid = os.getpid()
         self.portal = Portal.enter()
-        self.concurrency = concurrency = max(1, settings.concurrency // workers())
+        self.slots = self.portal.shared(settings.concurrency, lambda: Slots.of(settings.concurrency, workers()))
         retry = Retry(
             settings.retries,
             settings.deadline,
@@ -165,15 +165,15 @@ class _Runtime:
             on_retry=lambda: source_counters.add(retries=1),
         )
         source_counters = source.counters
-        self.store = source.recipe.make(concurrency, retry, source_counters.count_get)
+        self.store = source.recipe.make(self.slots.most, retry, source_counters.count_get)
         self.fetcher = Fetcher(
             self.store,
             source.cache,
-            concurrency=concurrency,
+            concurrency=settings.concurrency,
             retry=retry,
             tag=source.tag,
             counters=source_counters,
-            slots=self.portal.shared(concurrency, lambda: Slots(concurrency)),
+            slots=self.slots,
             memory=self.portal.shared(Memory, Memory),
             admits=partial(Source.admits, weakref.proxy(source)) if settings.admit == "smallest" else None,
             on_early=source.early.add,
@@ -429,7 +429,7 @@ class Source:
         if one is None:
             return plan._replace(lists=self._lists, seconds=0.0)
         trip = runtime.portal.call(_round_trip(runtime.store, one))
-        seconds = None if trip is None else trip * max(1.0, plan.gets / runtime.concurrency)
+        seconds = None if trip is None else trip * max(1.0, plan.gets / runtime.slots.size)
         return plan._replace(lists=self._lists, seconds=seconds)
 
     def list_anew(self) -> Manifest:

@@ -278,7 +278,11 @@ def test_warm_in_a_terminal_of_80_columns(bucket, tmp_path):
         (["s3://mnist/nothing"], 1, "there is nothing under this prefix"),
         (["s3://no-such-bucket/x"], 1, "the bucket does not exist"),
         (["s3://mnist", "--cache-size", "lots"], 2, "error: cache_size='lots': must be bytes with a unit"),
-        (["s3://mnist", "--concurrency", "0"], 2, "error: concurrency='0': must be a whole number from 1 to 4096"),
+        (
+            ["s3://mnist", "--concurrency", "0"],
+            2,
+            "error: concurrency='0': must be auto, or a whole number from 1 to 4096",
+        ),
         (["s3://mnist", "--cache-size", "5 apples"], 2, "error: cache_size='5 apples': must be bytes with a unit"),
         (["s3://mnist/train", "--match", "*.jpeg"], 1, "none of 30 keys fits the patterns"),
         (["s3://mnist/train", "--match", "*.jpeg", "--limit", "3"], 1, "none of 30 keys fits the filter"),

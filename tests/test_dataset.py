@@ -827,11 +827,12 @@ def test_path_style_is_forced_where_it_is_asked_for(monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "argument", "gbps", "concurrency"),
     [
-        (None, None, 10.0, 256),
+        (None, None, 10.0, "auto"),
         (None, None, 25.0, 640),
         (None, None, 1e9, 4096),
         ("32", None, 100.0, 32),
         ("32", 8, 100.0, 8),
+        ("auto", None, 100.0, "auto"),
     ],
 )
 def test_throughput_target_scales_a_concurrency_that_nobody_has_set(monkeypatch, variable, argument, gbps, concurrency):

@@ -93,7 +93,7 @@ async def test_many_waiters_share_one_download():
         waiters = [asyncio.create_task(fetcher.get(info)) for _ in range(10)]
         await store.reached(1)
         await settle()
-        assert repr(fetcher) == "<Fetcher 1 in flight, 0 done, 0 failed>"
+        assert repr(fetcher) == "<Fetcher 1 in flight, at most 8, 0 done, 0 failed>"
         gate.set()
         assert await asyncio.gather(*waiters) == [Fetched(info, b"0" * 10)] * 10
     assert store.gets == {"k0": 1}
@@ -172,7 +172,7 @@ async def test_failure_is_told_to_all_who_wait_and_not_remembered():
         gate.set()
         errors = await asyncio.gather(*waiters, return_exceptions=True)
         assert [(type(error), str(error)) for error in errors] == [(AccessDenied, "s3://b/k0: denied")] * 3
-        assert repr(fetcher) == "<Fetcher 0 in flight, 0 done, 1 failed>"
+        assert repr(fetcher) == "<Fetcher 0 in flight, at most 8, 0 done, 1 failed>"
         assert (await fetcher.get(info)).info == info
     assert store.gets == {"k0": 2}
 

@@ -113,7 +113,7 @@ def test_minio_keys_of_the_environment_replace_those_of_the_file(monkeypatch):
 
 
 NUMBERS = {
-    "concurrency": (["0", "4097", "1.5", "many"], "must be a whole number from 1 to 4096"),
+    "concurrency": (["0", "4097", "1.5", "many", "Auto"], "must be auto, or a whole number from 1 to 4096"),
     "timeout": (["0", "-1", "3601", "nan", "inf", "soon"], "must be a number above 0 to 3600"),
     "deadline": (["0", "86401", "x"], "must be a number above 0 to 86400"),
     "first_contact": (["0", "3601", "x"], "must be a number above 0 to 3600"),
@@ -227,7 +227,7 @@ def test_unknown_variable_gets_a_warning_and_unknown_argument_is_rejected(monkey
     monkeypatch.setenv("ASYNCDS_CONCURENCY", "5")
     env_file(MNIST_BUCKET_NAME="mnist", ASYNCDS_NONSENSE="1")
     with pytest.warns(UserWarning, match="is no variable") as warned:
-        assert Settings().concurrency == 256
+        assert Settings().concurrency == "auto"
     first, second = (str(warning.message) for warning in warned)
     assert first == "ASYNCDS_CONCURENCY is no variable of asyncds: did you mean 'ASYNCDS_CONCURRENCY'?"
     assert all(

@@ -710,6 +710,7 @@ def test_faults_combine_compare_and_pickle(server):
         lambda: Fault.status(42),
         lambda: S3Server(latency=-1),
         lambda: S3Server(latency=float("nan")),
+        lambda: S3Server(rate_limit=0),
     ],
 )
 def test_impossible_values_are_refused(make):
@@ -870,6 +871,15 @@ def test_latency_delays_each_request_and_none_of_the_others(any_server):
     assert 0.095 <= elapsed < 1.0
     assert any_server.stats.max_in_flight > 1
     assert any_server.latency == 0.1
+
+
+def test_more_requests_than_the_rate_limit_are_answered_by_slow_down_and_counted():
+    with S3Server(rate_limit=0.001) as server:
+        server.put("b", "k", BODY)
+        first, *others = [ask(server) for _ in range(3)]
+        assert (first.status, first.body) == (200, BODY)
+        assert [(answer.status, answer.code) for answer in others] == [(503, "SlowDown")] * 2
+        assert server.stats.requests["GET"] == 3
 
 
 # How it starts and ends

@@ -112,6 +112,7 @@ def _summary(found: "Tuning") -> list[str]:
         f"The limit is {_LIMITS[found.limit]}.",
         f"The cache takes {found.written:,.0f} of these objects a second.",
         f"A cold epoch over {found.objects:,} objects ({size / 1e6:,.1f} MB) takes {found.epoch_s:,.1f} s{more}.",
+        "`auto`, the default, finds such a number by itself, and goes with what changes. To fix it:",
         "",
         *(f"export {name}={value}" for name, value in _exports(found).items()),
     ]

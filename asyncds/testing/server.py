@@ -24,6 +24,7 @@ from asyncds.testing.wire import Request, Response
 _BACKLOG = 4096
 _Z99 = NormalDist().inv_cdf(0.99)
 _BATCH_BYTES = 16 * 1024 * 1024
+_SLOW_DOWN = Fault.status(503)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +66,38 @@ class LogNormal:
         return generator.lognormvariate(math.log(self.median), math.log(self.p99 / self.median) / _Z99)
 
 
+class _RateLimit:
+    """So many requests per second, and those of a tenth of a second more at once: a token bucket."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._tokens = self._most = max(1.0, rate / 10)
+        self._filled = time.monotonic()
+
+    def refuses(self) -> bool:
+        """Whether a request that comes now is one too many."""
+        now = time.monotonic()
+        self._tokens = min(self._most, self._tokens + (now - self._filled) * self._rate)
+        self._filled = now
+        if self._tokens < 1:
+            return True
+        self._tokens -= 1
+        return False
+
+
 class _S3Service:
     """The server proper; everything here runs on one event loop."""
 
-    def __init__(self, latency: float | LogNormal, access: Access, tls: tuple[str, str] | None) -> None:
+    def __init__(
+        self,
+        latency: float | LogNormal,
+        access: Access,
+        tls: tuple[str, str] | None,
+        rate_limit: float | None,
+    ) -> None:
         self.latency = latency
         self._tls = tls
+        self._rate_limit = _RateLimit(rate_limit) if rate_limit is not None else None
         self._random = random.Random(0)
         self._access = access
         self._store = Store(access.region)
@@ -123,6 +150,8 @@ class _S3Service:
         self._in_flight += 1
         if self._in_flight > self._max_in_flight:
             self._max_in_flight = self._in_flight
+        if self._rate_limit is not None and self._rate_limit.refuses():
+            return _SLOW_DOWN
         return self._scripts.take(operation, request.bucket, request.key)
 
     def respond(self, request: Request) -> Response:
@@ -188,7 +217,8 @@ class S3Server(Hosted):
     `with S3Server(latency=0.01) as server: server.endpoint` is `http://127.0.0.1:PORT`, path style. Any credentials do,
     unless `credentials=(access key, secret key)` or `region` are given: then requests that name others are refused as
     AWS refuses them (signatures are not checked). Every answer waits `latency` seconds, or as many as a `LogNormal`
-    says, to within about a millisecond, and does not hold up others.
+    says, to within about a millisecond, and does not hold up others. Of more than `rate_limit` requests per second the
+    rest are answered by 503 SlowDown, as S3 does, and are counted as well.
 
     With `tls=(certificate, key)`, the paths of two PEM files, it speaks TLS, and the endpoint begins with `https`.
     Clients trust it where `AWS_CA_BUNDLE` names the file of the authority that signed the certificate.
@@ -206,14 +236,18 @@ class S3Server(Hosted):
         credentials: tuple[str, str] | None = None,
         tls: tuple[str | os.PathLike[str], str | os.PathLike[str]] | None = None,
         process: bool = False,
+        rate_limit: float | None = None,
     ) -> None:
         super().__init__(process=process)
+        if rate_limit is not None and not 0 < rate_limit < float("inf"):
+            raise ConfigurationError(f"rate_limit is a number of requests per second, above 0, not {rate_limit!r}")
+        self._rate_limit = rate_limit
         self._latency = _checked_latency(latency)
         self._access = Access(region, credentials)
         self._tls = None if tls is None else _checked_tls(*tls)
 
     def _factory(self) -> Factory:
-        return partial(_S3Service, self._latency, self._access, self._tls)
+        return partial(_S3Service, self._latency, self._access, self._tls, self._rate_limit)
 
     @property
     def latency(self) -> float | LogNormal:
