@@ -20,7 +20,7 @@ from asyncds.labels import labeller, read_csv
 from asyncds.listing import Labeller, labels_of
 from asyncds.loading import loader
 from asyncds.lookahead import Batch, Horizon, ReadsAhead
-from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, parse_uri
+from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, check_choice, parse_uri
 from asyncds.reader import S3Reader
 from asyncds.recipe import StoreRecipe
 from asyncds.settings import Options, or_close_to
@@ -108,10 +108,7 @@ class CachedS3MapDataset(ReadsAhead):
         key that returns a str, int or float.
         """
         bucket, prefix = parse_uri(s3_uri)
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
-            raise ConfigurationError(f"limit={limit!r}: must be a whole number, at least 1")
-        if match is not None and not isinstance(match, str) and not callable(match):
-            raise ConfigurationError(f"match={match!r}: must be a glob or a callable of the key")
+        check_choice(match, limit)
         uri = f"s3://{bucket}/{prefix}"
         return cls._of(common, uri, match=match, limit=limit, label=labeller(label))
 

@@ -25,8 +25,9 @@ from asyncds.cache import Cache, largest_that_fits
 from asyncds.download import Memory, Slots
 from asyncds.entry import object_id
 from asyncds.errors import CacheError, DatasetClosed
+from asyncds.fanout import list_store
 from asyncds.fetcher import Fetcher
-from asyncds.listing import Labeller, Table, list_prefix
+from asyncds.listing import Labeller, Table
 from asyncds.lookup import Fetched, identify, lookup, resident
 from asyncds.manifest import KeyFilter, Manifest, ObjectInfo, parse_uri
 from asyncds.portal import Portal
@@ -469,18 +470,8 @@ class Source:
         bucket, prefix = parse_uri(self._uri)
         runtime = self.runtime()
         with progress_bar(f"listing {self._uri}", unit="keys") as advance:
-            pages = runtime.store.list(bucket, prefix)
-            return runtime.portal.call(
-                list_prefix(
-                    pages,
-                    endpoint=self.endpoint,
-                    bucket=bucket,
-                    prefix=prefix,
-                    match=match,
-                    limit=limit,
-                    progress=advance,
-                )
-            )
+            listing = list_store(runtime.store, bucket, prefix, match=match, limit=limit, progress=advance)
+            return runtime.portal.call(listing)
 
 
 def _serve(fetcher: Fetcher, infos: Sequence[ObjectInfo], arrivals: Arrivals) -> None:

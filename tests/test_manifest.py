@@ -220,16 +220,16 @@ def test_failed_save_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch
         (lambda key: "2" in key, None, "a/2.jpg", 2),
     ],
 )
-def test_select_keeps_what_fits(match, limit, expected, filtered):
+def test_filter_keeps_what_fits(match, limit, expected, filtered):
     manifest = table(objects("a/1.png", "a/2.jpg", "b/3.png"), markers=1, filtered=10)
-    chosen = manifest.select(match, limit)
+    chosen = manifest.filter(match, limit)
     assert [info.key for info in chosen] == expected.split()
     assert chosen.left_out == {"markers": 1, "filtered": 10 + filtered}
     assert chosen[:] == [info for info in manifest if info.key in expected.split()]
 
 
-def test_select_keeps_the_labels_of_what_it_keeps():
-    manifest = table(objects("a", "b", "c")).with_labels(["x", "y", "z"]).select("[!a]")
+def test_filter_keeps_the_labels_of_what_it_keeps():
+    manifest = table(objects("a", "b", "c")).with_labels(["x", "y", "z"]).filter("[!a]")
     assert [manifest.classes[label] for label in manifest.labels] == ["y", "z"]
 
 
