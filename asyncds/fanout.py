@@ -7,7 +7,6 @@ made it.
 """
 
 import asyncio
-import contextlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 
@@ -18,7 +17,7 @@ from asyncds.store.base import ObjectStore, Pages
 
 __all__ = ["list_store", "midway"]
 
-_AT_ONCE = 32
+_AT_ONCE = 16
 _PAGES_PER_SPLIT = 4
 _PIECES = 8
 _LEVELS = 4
@@ -45,12 +44,22 @@ async def list_store(
     and `at_once` + 5 more, and none more where all is on one page. A failing page fails the listing, once all others
     have ended.
     """
+    counted = 0
+
+    def count(keys: int) -> None:
+        nonlocal counted
+        counted += keys
+        if progress is not None:
+            progress(keys)
+
     if isinstance(store, Pages) and limit is None and at_once > 1 and not bucket.endswith("--x-s3"):
-        with contextlib.suppress(_OutOfOrder):
-            return await _Listing(store, bucket, prefix, match, progress, at_once).run(store.endpoint)
+        try:
+            return await _Listing(store, bucket, prefix, match, count, at_once).run(store.endpoint)
+        except _OutOfOrder:
+            count(-counted)  # and from the beginning
     pages = store.list(bucket, prefix)
     return await list_prefix(
-        pages, endpoint=store.endpoint, bucket=bucket, prefix=prefix, match=match, limit=limit, progress=progress
+        pages, endpoint=store.endpoint, bucket=bucket, prefix=prefix, match=match, limit=limit, progress=count
     )
 
 
@@ -72,7 +81,7 @@ class _Listing:
         bucket: str,
         prefix: str,
         match: KeyFilter | None,
-        progress: Callable[[int], object] | None,
+        progress: Callable[[int], object],
         at_once: int,
     ) -> None:
         self._store = store
@@ -112,8 +121,7 @@ class _Listing:
                 raise _OutOfOrder
             within = len(keys) if some.until is None else bisect_right(keys, some.until)
             some.rows.add(page.objects[:within])
-            if self._progress is not None:
-                self._progress(within)
+            self._progress(within)
             if page.token is None or within < len(keys):
                 break
             if page.token in seen:

@@ -16,7 +16,7 @@ from asyncds.locks import waiting
 from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, predicate
 from asyncds.ranks import Meeting, Way
 
-__all__ = ["Labeller", "Rows", "Table", "list_prefix"]
+__all__ = ["Labeller", "Rows", "Table", "labels_of", "list_prefix", "nothing"]
 
 Labeller = Callable[[str], Label]
 _KEPT_S = 7 * 86400
@@ -115,7 +115,7 @@ class Table:
         else:
             manifest = way(partial(self._listed, self._limit, self._match))
         if not len(manifest):
-            raise EmptyDataset(_nothing(manifest))
+            raise EmptyDataset(nothing(manifest))
         return manifest if self._label is None else manifest.with_labels(labels_of(manifest, self._label))
 
     def _way(self) -> Way | None:
@@ -173,7 +173,8 @@ def labels_of(manifest: Manifest, label: Labeller) -> Iterator[Label]:
             raise
 
 
-def _nothing(manifest: Manifest) -> str:
+def nothing(manifest: Manifest) -> str:
+    """Why there is nothing to train from."""
     left_out = manifest.left_out
     if left_out.get("filtered"):
         return f"{manifest.source}: none of {left_out['filtered']:,} keys fits the filter; correct match"

@@ -260,6 +260,83 @@ class Manifest(Sequence[ObjectInfo]):
         left_out = "".join(f", {count:,} {reason} left out" for reason, count in self.left_out.items() if count)
         return f"<Manifest {self.source}: {len(self):,} objects, {size:,} bytes{labels}{left_out}>"
 
+    # where tables come from; only here does this module know of those that stand on it
+
+    @classmethod
+    def from_prefix(
+        cls,
+        uri: str,
+        *,
+        match: KeyFilter | None = None,
+        limit: int | None = None,
+        label: str | Callable[[str], Label] | None = None,
+        progress: bool = True,
+        **options: Any,
+    ) -> "Manifest":
+        """List `s3://bucket/prefix` now, in many places at once, in UTF-8 order of keys.
+
+        `match`, `limit`, `label`, and all that says where the store is and how to ask it, are those of
+        `CachedS3MapDataset.from_prefix`. Folder markers (`dir/`) are no rows. `progress` shows a bar on a terminal.
+        Raises `EmptyDataset`, and what the store raises.
+        """
+        from asyncds.origins import of_prefix
+
+        return of_prefix(uri, match, limit, label, progress, options)
+
+    @classmethod
+    def from_uris(
+        cls,
+        uris: Iterable[str],
+        labels: Iterable[Label] | None = None,
+        *,
+        label: str | Callable[[str], Label] | None = None,
+    ) -> "Manifest":
+        """Make a table of these objects, `s3://bucket/key`, in this order; sizes and ETags are unknown."""
+        from asyncds.origins import of_uris
+
+        return of_uris(uris, labels, label)
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        root: str | None = None,
+        key: str | int = "key",
+        label: str | int | None = "label",
+    ) -> "Manifest":
+        """Make a table of the keys and labels in a CSV file, as `CachedS3MapDataset.from_csv` does."""
+        from asyncds.origins import of_csv
+
+        return of_csv(path, root, key, label)
+
+    @classmethod
+    def from_parquet(
+        cls, path: str | os.PathLike[str], *, root: str | None = None, key: str = "key", label: str | None = None
+    ) -> "Manifest":
+        """Make a table of a Parquet file: what `to_parquet` wrote, or another's. Needs the extra `parquet`.
+
+        Columns `bucket`, `size`, `etag` and `label` (or the one named) count where they are there; without `bucket`,
+        a key is an `s3://` URI, or looked for below `root`. Labels are texts or numbers.
+        """
+        from asyncds.parquet import read_parquet
+
+        return read_parquet(path, os.fspath(path), root=root, key=key, label=label)
+
+    @classmethod
+    def from_inventory(
+        cls, place: str | os.PathLike[str], *, label: str | Callable[[str], Label] | None = None, **options: Any
+    ) -> "Manifest":
+        """Make a table of an S3 Inventory, whose `manifest.json` is on disk or, as `s3://…`, in a bucket.
+
+        In CSV, or in Parquet (extra `parquet`), in the order of its files; of versions, the latest. Files on disk are
+        looked for beside it, and in `data/`; `options` say where the store is, as for `from_prefix`. Each is compared
+        with the MD5 that the inventory names.
+        """
+        from asyncds.origins import of_inventory
+
+        return of_inventory(place, label, options)
+
     # new tables from this one, which keep its labels and classes
 
     def filter(
@@ -293,7 +370,10 @@ class Manifest(Sequence[ObjectInfo]):
         The same seed splits the same table in the same way. Lengths are rounded down; the first tables get what is
         left, one row each.
         """
-        shares = np.array(fractions, float)
+        try:
+            shares = np.array(fractions, float)
+        except (TypeError, ValueError):
+            shares = np.zeros(0)
         if shares.ndim != 1 or not (shares >= 0).all() or abs(shares.sum() - 1) > 1e-6:
             raise ConfigurationError(f"fractions={fractions!r}: give shares from 0 to 1 that sum to 1")
         lengths = np.floor(shares * len(self) + 1e-6).astype(np.int64)
@@ -344,7 +424,8 @@ class Manifest(Sequence[ObjectInfo]):
         size, their_size = self.sizes[rows], old.sizes[their_rows]
         told = ours.any(axis=1) & theirs.any(axis=1)
         differs: NDArray[np.bool_] = told & (ours != theirs).any(axis=1)
-        return differs | ((size != their_size) & (size >= 0) & (their_size >= 0))
+        differs |= (size != their_size) & (size >= 0) & (their_size >= 0)
+        return differs
 
     def _taken(self, rows: NDArray[np.int64], left_out: Mapping[str, int] | None = None) -> "Manifest":
         columns, buckets = taken(self._columns, rows), self._buckets
@@ -372,6 +453,10 @@ class Manifest(Sequence[ObjectInfo]):
         ends = self._columns["ends"][chunk.start : chunk.stop + 1].tolist()
         for start, stop in pairwise(ends):
             yield decode(bytes(self._keys[start:stop]))
+
+    def counting(self, left_out: Mapping[str, int]) -> "Manifest":
+        """The same rows, with other counts of what was left out."""
+        return Manifest(self._header | {"left_out": dict(left_out)}, self._columns)
 
     def _joining(self, buckets: list[str], classes: list[str] | None) -> Columns:
         """The columns with buckets and labels numbered as in a larger table."""
@@ -421,6 +506,16 @@ class Manifest(Sequence[ObjectInfo]):
                 os.unlink(file.name)
                 raise
         return place
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> Path:
+        """Write columns `bucket`, `key`, `size`, `etag`, and `label` for other tools. Needs the extra `parquet`.
+
+        Raises `ConfigurationError` where a key is no UTF-8, which Parquet's texts are; `save` keeps such.
+        """
+        from asyncds.parquet import write_parquet
+
+        write_parquet(self, path)
+        return Path(path)
 
     def to_bytes(self) -> bytes:
         """What `save` writes."""
