@@ -214,17 +214,21 @@ class Rows:
 
     def add(self, page: Sequence[ObjectInfo]) -> None:
         """Take a page. Raises `TransferFailed` where a key lies elsewhere."""
+        fits, markers, filtered = self._fits, 0, 0
         for info in page:
-            if not info.key.startswith(self._prefix):
-                raise TransferFailed(f"listing {self._source}: the store returned {info.key!r}, which is elsewhere")
-            if info.key.endswith("/"):
-                self._left_out["markers"] += 1
-            elif not self._fits(info.key):
-                self._left_out["filtered"] += 1
-            elif info != self._previous and not self.full:
+            key = info.key
+            if not key.startswith(self._prefix):
+                raise TransferFailed(f"listing {self._source}: the store returned {key!r}, which is elsewhere")
+            if key.endswith("/"):
+                markers += 1
+            elif not fits(key):
+                filtered += 1
+            elif info != self._previous and len(self._builder) != self._limit:
                 self._builder.add(info)
-                previous, self._previous = self._previous, info
-                self._ordered = self._ordered and (previous is None or info.key > previous.key)
+                self._ordered = self._ordered and (self._previous is None or key > self._previous.key)
+                self._previous = info
+        self._left_out["markers"] += markers
+        self._left_out["filtered"] += filtered
 
     def table(self, endpoint: str) -> Manifest:
         """The rows in UTF-8 order of keys, which is that of texts in Python."""

@@ -390,7 +390,6 @@ class S3Store:
         client = await context.__aenter__()
         self._context = context
         _guard(client)
-        _leave_dates_alone(client)
         self._lane = _lean_lane(client, self._timeout) if self._may_be_lean else None
         client.meta.events.register("before-send.s3.GetObject", self._learn)
         read_pages_first(client.meta.events)
@@ -473,14 +472,6 @@ def _region_of(session: Any) -> str | None:
     if hasattr(session, "get_config_variable"):
         return session.get_config_variable("region")  # type: ignore[no-any-return]
     return getattr(session, "region_name", None)
-
-
-def _leave_dates_alone(client: Any) -> None:
-    """Let the client keep dates as texts: reading them took a third of the time of a listing, which needs none."""
-    factory = getattr(client._endpoint, "_response_parser_factory", None)
-    if factory is not None:
-        client._endpoint._response_parser_factory = factory = type(factory)()
-        factory.set_parser_defaults(timestamp_parser=str)
 
 
 def _lean_lane(client: Any, timeout: float) -> LeanLane | None:
