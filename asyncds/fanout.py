@@ -17,7 +17,7 @@ from asyncds.store.base import ObjectStore, Pages
 
 __all__ = ["list_store", "midway"]
 
-_AT_ONCE = 16
+_AT_ONCE = 8
 _PAGES_PER_SPLIT = 4
 _PIECES = 8
 _LEVELS = 4

@@ -214,7 +214,8 @@ class Rows:
 
     def add(self, page: Sequence[ObjectInfo]) -> None:
         """Take a page. Raises `TransferFailed` where a key lies elsewhere."""
-        fits, markers, filtered = self._fits, 0, 0
+        fits, markers, filtered, kept = self._fits, 0, 0, list[ObjectInfo]()
+        room = None if self._limit is None else self._limit - len(self._builder)
         for info in page:
             key = info.key
             if not key.startswith(self._prefix):
@@ -223,10 +224,11 @@ class Rows:
                 markers += 1
             elif not fits(key):
                 filtered += 1
-            elif info != self._previous and len(self._builder) != self._limit:
-                self._builder.add(info)
+            elif info != self._previous and len(kept) != room:
+                kept.append(info)
                 self._ordered = self._ordered and (self._previous is None or key > self._previous.key)
                 self._previous = info
+        self._builder.extend(kept)
         self._left_out["markers"] += markers
         self._left_out["filtered"] += filtered
 

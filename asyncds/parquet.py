@@ -166,7 +166,8 @@ def _versions(arrow: Any, column: Any, count: int) -> Columns:
     if column is None:
         return {"versions": np.zeros(count * _VERSION_BYTES, np.uint8)}
     pc = arrow.compute
-    etags = pc.utf8_trim(pc.cast(column, arrow.large_string()), '"')
+    etags = pc.replace_substring_regex(pc.cast(column, arrow.large_string()), "^W/", "")
+    etags = pc.utf8_trim(etags, '"')
     plain = pc.fill_null(pc.match_substring_regex(etags, "^[0-9a-f]{32}$"), False)
     plain = pc.and_(plain, pc.fill_null(pc.not_equal(etags, "0" * 32), False)).to_numpy(zero_copy_only=False)
     versions = np.zeros((count, _VERSION_BYTES), np.uint8)

@@ -247,7 +247,7 @@ async def test_listing_over_http_is_the_one_in_sequence(s3, prefix):
     sequence = await list_prefix(store.list("mnist", prefix), endpoint=store.endpoint, bucket="mnist", prefix=prefix)
     await store.aclose()
     assert found.digest == sequence.digest
-    assert asked <= most(len(found) + found.left_out["markers"], 1000, 16)
+    assert asked <= most(len(found) + found.left_out["markers"], 1000, 8)
 
 
 async def test_page_that_fails_for_a_moment_is_asked_for_again(s3):

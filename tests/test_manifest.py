@@ -80,6 +80,16 @@ def test_rows_come_back_as_they_went_in(tmp_path, infos):
     assert opened.digest == manifest.digest
 
 
+@QUICK
+@given(st.lists(st.lists(INFOS, max_size=5), max_size=4))
+def test_rows_that_come_together_are_those_that_come_one_by_one(pages):
+    builder = ManifestBuilder()
+    for page in pages:
+        builder.extend(page)
+    twin = table([info for page in pages for info in page])
+    assert builder.build(endpoint=twin.endpoint, source=twin.source).digest == twin.digest
+
+
 def test_table_as_bytes_is_what_its_file_holds(tmp_path):
     manifest = table([*objects("a", "bb"), ObjectInfo("c", "d", None, "odd-1")]).with_labels(["x", "y", "x"])
     data = manifest.to_bytes()
@@ -532,7 +542,9 @@ def test_hashes_of_different_keys_differ(keys):
 
 @QUICK
 @given(
-    st.lists(INFOS.filter(lambda info: info.key.isprintable()), max_size=20),
+    st.lists(
+        INFOS.filter(lambda info: "\ud800" not in info.key and info.etag == normalise_etag(info.etag)), max_size=20
+    ),
     st.sampled_from(["none", "texts", "ints", "floats"]),
 )
 def test_parquet_brings_back_what_it_was_given(tmp_path, infos, kind):
