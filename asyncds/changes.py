@@ -35,8 +35,9 @@ class Changes:
         return f"{len(self.added):,} added, {len(self.changed):,} changed, {len(self.removed):,} removed"
 
 
-def places(new: Columns, buckets: list[str], old: Columns, old_buckets: list[str]) -> tuple[_Rows, _Rows]:
-    """For each row of `new` the first of the same bucket and key, there and in `old`; -1 where `old` has none."""
+def places(new: Columns, buckets: list[str], old: Columns, old_buckets: list[str]) -> tuple[_Rows, _Rows, _Rows]:
+    """For each row of `new` the first of the same bucket and key, there and in `old`, -1 where `old` has none; and for
+    each row of `old` the first of the same there."""
     seed = 0
     while (found := _places(new, buckets, old, old_buckets, seed)) is None:
         seed += 1  # two keys had one hash
@@ -45,7 +46,7 @@ def places(new: Columns, buckets: list[str], old: Columns, old_buckets: list[str
 
 def _places(
     new: Columns, buckets: list[str], old: Columns, old_buckets: list[str], seed: int
-) -> tuple[_Rows, _Rows] | None:
+) -> tuple[_Rows, _Rows, _Rows] | None:
     ours, first, inverse = np.unique(hashes(new, buckets, seed), return_index=True, return_inverse=True)
     theirs, their_first, their_inverse = np.unique(
         hashes(old, old_buckets, seed), return_index=True, return_inverse=True
@@ -59,4 +60,4 @@ def _places(
     there[here] = their_first[place]
     if not same(new, first[here], old, there[here]):
         return None
-    return first[inverse], there[inverse]
+    return first[inverse], there[inverse], their_first[their_inverse]

@@ -425,13 +425,14 @@ class Manifest(Sequence[ObjectInfo]):
 
         Changed is what has another ETag, or, where one of the two is unknown, another size. Labels do not count.
         """
-        first, there = places(self._columns, self._buckets, old._columns, old._buckets)
+        first, there, their_first = places(self._columns, self._buckets, old._columns, old._buckets)
         own = first == np.arange(len(self))
         common = np.flatnonzero(own & (there >= 0))
         changed = common[self._differs(common, old, there[common])]
-        their_first, here = places(old._columns, old._buckets, self._columns, self._buckets)
-        gone = np.flatnonzero((here < 0) & (their_first == np.arange(len(old))))
-        return Changes(self._taken(np.flatnonzero(own & (there < 0))), self._taken(changed), old._taken(gone))
+        only = their_first == np.arange(len(old))
+        only[there[common]] = False
+        added, gone = np.flatnonzero(own & (there < 0)), np.flatnonzero(only)
+        return Changes(self._taken(added), self._taken(changed), old._taken(gone))
 
     def _differs(self, rows: NDArray[np.int64], old: "Manifest", their_rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         pairs = ((self, rows), (old, their_rows))
