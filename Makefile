@@ -19,7 +19,7 @@ help:
 	@echo "make demo    train on handwritten digits from a local S3 server, and see the difference"
 	@echo "make test    lint, type check, and all tests; some again with the oldest aiobotocore, and on the full lane"
 	@echo "make test-thorough  what varies these at length, and Lightning and Accelerate (ten minutes more)"
-	@echo "make bench   cold and warm epochs beside one request per sample, and beside local files; memory"
+	@echo "make bench   cold and warm epochs beside one request per sample, and beside local files; memory; tables"
 	@echo "make bench-peers  the same beside other libraries, in environments of their own, and one GET by itself"
 	@echo "make servers  build MinIO from source, which takes Go and some minutes; what then runs on it is skipped otherwise"
 	@echo "make clean   delete the environments"
@@ -55,6 +55,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/memory.py
 	$(BIN)/python tests/benchmarks/cache.py
 	$(BIN)/python tests/benchmarks/lookahead.py
+	$(BIN)/python tests/benchmarks/manifest.py
 	$(MAKE) bench-peers
 
 # A library whose environment cannot be made is a row of the tables that says so.

@@ -3,28 +3,19 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from asyncds.cache import Cache
 from asyncds.errors import ConfigurationError
 from asyncds.listing import saved_at
 from asyncds.lookup import resident
-from asyncds.manifest import Manifest, ObjectInfo, encode
+from asyncds.manifest import Manifest
 from asyncds.progress import progress_bar
 from asyncds.stats import Counters, percentiles
 
-__all__ = ["Changes", "changes", "completeness", "counted", "forget_listing", "saved_listing"]
+__all__ = ["completeness", "counted", "forget_listing", "saved_listing"]
 
 _LOOKUP = 500
 _SEPARATOR = " at "
-
-
-class Changes(NamedTuple):
-    """Keys by what has become of them between two listings."""
-
-    added: list[str]
-    changed: list[str]
-    removed: list[str]
 
 
 def saved_listing(cache: Cache, name: str) -> Manifest | None:
@@ -67,26 +58,3 @@ def counted(cache: Cache) -> tuple[int, dict[str, float]]:
 
 def _counter_files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.glob("*")) if not path.suffix and path.is_file() and not path.is_symlink())
-
-
-def changes(before: Manifest, after: Manifest) -> Changes:
-    """Compare two listings of one prefix, both in UTF-8 order of their keys, as they pass by."""
-    found, old, new = Changes([], [], []), iter(before), iter(after)
-    was, now = next(old, None), next(new, None)
-    while was is not None or now is not None:
-        order = _order(was, now)
-        if order == 0 and was is not None and was != now:
-            found.changed.append(was.key)
-        elif order < 0 and was is not None:
-            found.removed.append(was.key)
-        elif order > 0 and now is not None:
-            found.added.append(now.key)
-        was, now = next(old, None) if order <= 0 else was, next(new, None) if order >= 0 else now
-    return found
-
-
-def _order(was: ObjectInfo | None, now: ObjectInfo | None) -> int:
-    """Which of two rows comes first: below 0 for the older listing's, above for the newer one's, or both."""
-    if was is None or now is None:
-        return -1 if now is None else 1
-    return (encode(was.key) > encode(now.key)) - (encode(was.key) < encode(now.key))

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset, random_split
 
 from asyncds.batch import Part, PartBatch, in_turn, side_by_side
 from asyncds.errors import CacheError, ConfigurationError, DatasetClosed, StoreError
-from asyncds.labels import labeller, read_csv
-from asyncds.listing import Labeller, labels_of
+from asyncds.labels import labeller
+from asyncds.listing import Labeller
 from asyncds.loading import loader
 from asyncds.lookahead import Batch, Horizon, ReadsAhead
-from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, parse_uri
+from asyncds.manifest import KeyFilter, Label, Manifest, ObjectInfo, check_choice, parse_uri
 from asyncds.reader import S3Reader
 from asyncds.recipe import StoreRecipe
 from asyncds.selection import Choice, Selection
@@ -109,10 +109,7 @@ class CachedS3MapDataset(ReadsAhead):
         key that returns a str, int or float.
         """
         bucket, prefix = parse_uri(s3_uri)
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
-            raise ConfigurationError(f"limit={limit!r}: must be a whole number, at least 1")
-        if match is not None and not isinstance(match, str) and not callable(match):
-            raise ConfigurationError(f"match={match!r}: must be a glob or a callable of the key")
+        check_choice(match, limit)
         uri = f"s3://{bucket}/{prefix}"
         return cls._of(common, uri, match=match, limit=limit, label=labeller(label))
 
@@ -131,14 +128,7 @@ class CachedS3MapDataset(ReadsAhead):
         `labels` gives one label for each. An object keeps the version in which it was first seen on this machine;
         `refresh` drops that record, so that the next read takes what the store has then.
         """
-        uris = [object_uris] if isinstance(object_uris, str) else object_uris
-        builder = ManifestBuilder()
-        for uri in uris:
-            bucket, key = parse_uri(uri)
-            if not key:
-                raise ConfigurationError(f"{uri!r} names a bucket, not an object: use from_prefix")
-            builder.add(ObjectInfo(bucket, key))
-        return cls._of_table(builder, "objects", labels, label, refresh, common)
+        return cls._of_table(Manifest.from_uris(object_uris, labels, label=label), refresh, common)
 
     @classmethod
     def from_manifest(cls, manifest: Manifest | str | os.PathLike[str], **common: Unpack[_Common]) -> Self:
@@ -164,33 +154,11 @@ class CachedS3MapDataset(ReadsAhead):
         `root="s3://bucket/images"`.
         Labels that all are whole numbers, or all numbers, are numbers; others are texts.
         """
-        keys, labels = read_csv(path, key, label)
-        builder = ManifestBuilder()
-        for name in keys:
-            if root is None and not name.startswith("s3://"):
-                raise ConfigurationError(f"{os.fspath(path)}: {name!r} is no S3 URI: say root='s3://bucket/'")
-            below = "" if root is None else root.rstrip("/") + "/"
-            builder.add(ObjectInfo(*parse_uri(name if name.startswith("s3://") else f"{below}{name}")))
-        return cls._of_table(builder, os.fspath(path), labels, None, refresh, common)
+        return cls._of_table(Manifest.from_csv(path, root=root, key=key, label=label), refresh, common)
 
     @classmethod
-    def _of_table(
-        cls,
-        builder: ManifestBuilder,
-        source: str,
-        labels: Iterable[Label] | None,
-        label: str | Labeller | None,
-        refresh: bool,
-        common: _Common,
-    ) -> Self:
-        manifest = builder.build(endpoint="", source=source)
-        if labels is not None and label is not None:
-            raise ConfigurationError("both labels= and label= are given: give one of them")
-        if labels is not None:
-            manifest = manifest.with_labels(labels)
-        elif (of_key := labeller(label)) is not None:
-            manifest = manifest.with_labels(labels_of(manifest, of_key))
-        dataset = cls._of(common, source, manifest=manifest)
+    def _of_table(cls, manifest: Manifest, refresh: bool, common: _Common) -> Self:
+        dataset = cls._of(common, manifest.source, manifest=manifest)
         if refresh:
             dataset._parts[0].source.refresh()
         return dataset

@@ -13,10 +13,10 @@ from uuid import uuid4
 
 from asyncds.errors import CacheError, ConfigurationError, EmptyDataset, TransferFailed
 from asyncds.locks import waiting
-from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, encode, predicate
+from asyncds.manifest import KeyFilter, Label, Manifest, ManifestBuilder, ObjectInfo, predicate
 from asyncds.ranks import Meeting, Way
 
-__all__ = ["Labeller", "Table", "list_prefix", "saved_at"]
+__all__ = ["Labeller", "Rows", "Table", "labels_of", "list_prefix", "nothing", "saved_at"]
 
 Labeller = Callable[[str], Label]
 _KEPT_S = 7 * 86400
@@ -111,11 +111,11 @@ class Table:
         if way is None:
             manifest = self._listed(self._limit, self._match)
         elif callable(self._match):  # which may differ from another's of the same name: all that is shared is the keys
-            manifest = way(partial(self._listed, None, None)).select(self._match)
+            manifest = way(partial(self._listed, None, None)).filter(self._match)
         else:
             manifest = way(partial(self._listed, self._limit, self._match))
         if not len(manifest):
-            raise EmptyDataset(_nothing(manifest))
+            raise EmptyDataset(nothing(manifest))
         return manifest if self._label is None else manifest.with_labels(labels_of(manifest, self._label))
 
     def _way(self) -> Way | None:
@@ -130,7 +130,7 @@ class Table:
             raise ConfigurationError(f"{self._name}: the process that pickled this dataset is gone: make a new one")
         manifest = self._recent()
         if manifest is not None:
-            return manifest.select(match, limit)
+            return manifest.filter(match, limit)
         manifest = self._make(limit, match)
         if limit is None and match is None:
             with contextlib.suppress(OSError):
@@ -177,7 +177,8 @@ def labels_of(manifest: Manifest, label: Labeller) -> Iterator[Label]:
             raise
 
 
-def _nothing(manifest: Manifest) -> str:
+def nothing(manifest: Manifest) -> str:
+    """Why there is nothing to train from."""
     left_out = manifest.left_out
     if left_out.get("filtered"):
         return f"{manifest.source}: none of {left_out['filtered']:,} keys fits the filter; correct match"
@@ -195,6 +196,52 @@ def _prune(folder: Path) -> None:
                 path.unlink()
 
 
+class Rows:
+    """What a listing becomes: rows as they come, and counts of the keys that are none.
+
+    Keys that end in `/` mark folders and hold no data; they and those that `match` leaves out are counted.
+    """
+
+    def __init__(self, bucket: str, prefix: str, match: KeyFilter | None = None, limit: int | None = None) -> None:
+        self._prefix = prefix
+        self._source = f"s3://{bucket}/{prefix}"
+        self._fits = predicate(match)
+        self._limit = limit
+        self._builder = ManifestBuilder(bucket)
+        self._left_out = {"markers": 0, "filtered": 0}
+        self._ordered = True
+        self._previous: ObjectInfo | None = None
+
+    @property
+    def full(self) -> bool:
+        return len(self._builder) == self._limit
+
+    def add(self, page: Sequence[ObjectInfo]) -> None:
+        """Take a page. Raises `TransferFailed` where a key lies elsewhere."""
+        fits, markers, filtered, kept = self._fits, 0, 0, list[ObjectInfo]()
+        room = None if self._limit is None else self._limit - len(self._builder)
+        for info in page:
+            key = info.key
+            if not key.startswith(self._prefix):
+                raise TransferFailed(f"listing {self._source}: the store returned {key!r}, which is elsewhere")
+            if key.endswith("/"):
+                markers += 1
+            elif not fits(key):
+                filtered += 1
+            elif info != self._previous and len(kept) != room:
+                kept.append(info)
+                self._ordered = self._ordered and (self._previous is None or key > self._previous.key)
+                self._previous = info
+        self._builder.extend(kept)
+        self._left_out["markers"] += markers
+        self._left_out["filtered"] += filtered
+
+    def table(self, endpoint: str) -> Manifest:
+        """The rows in UTF-8 order of keys, which is that of texts in Python."""
+        manifest = self._builder.build(endpoint=endpoint, source=self._source, left_out=self._left_out)
+        return manifest if self._ordered else _in_order(manifest)
+
+
 async def list_prefix(
     pages: AsyncGenerator[Sequence[ObjectInfo], None],
     *,
@@ -207,38 +254,24 @@ async def list_prefix(
 ) -> Manifest:
     """Read the pages of a listing into a table in UTF-8 order of keys, complete or not at all.
 
-    Keys that end in `/` mark folders and hold no data; they and those that `match` leaves out are counted. With
-    `limit`, listing ends as soon as so many fit. `progress` is called after each page with its number of keys. Raises
-    `TransferFailed` where the listing contradicts itself.
+    What is no row is counted; see `Rows`. With `limit`, listing ends as soon as so many fit. `progress` is called after
+    each page with its number of keys. Raises `TransferFailed` where the listing contradicts itself.
     """
-    source = f"s3://{bucket}/{prefix}"
-    fits, builder, left_out = predicate(match), ManifestBuilder(bucket), {"markers": 0, "filtered": 0}
-    ordered, previous = True, None
+    rows = Rows(bucket, prefix, match, limit)
     async with contextlib.aclosing(pages):
         async for page in pages:
-            for info in page:
-                if not info.key.startswith(prefix):
-                    raise TransferFailed(f"listing {source}: the store returned {info.key!r}, which is elsewhere")
-                if info.key.endswith("/"):
-                    left_out["markers"] += 1
-                elif not fits(info.key):
-                    left_out["filtered"] += 1
-                elif info != previous and (limit is None or len(builder) < limit):
-                    builder.add(info)
-                    ordered = ordered and (previous is None or encode(info.key) > encode(previous.key))
-                    previous = info
+            rows.add(page)
             if progress is not None:
                 progress(len(page))
-            if len(builder) == limit:
+            if rows.full:
                 break
-    manifest = builder.build(endpoint=endpoint, source=source, left_out=left_out)
-    return manifest if ordered else _in_order(manifest)
+    return rows.table(endpoint)
 
 
 def _in_order(manifest: Manifest) -> Manifest:
     """The same rows sorted; a row that pages repeated counts once, if they agree about it."""
     builder, previous = ManifestBuilder(), None
-    for info in sorted(manifest, key=lambda info: encode(info.key)):
+    for info in sorted(manifest, key=lambda info: info.key):
         if previous is not None and info.key == previous.key:
             if info != previous:
                 raise TransferFailed(f"listing {manifest.source}: {info.key!r} is there twice, with different ETags")

@@ -15,9 +15,11 @@ import os
 import struct
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from hashlib import blake2b
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self, overload
 
@@ -25,9 +27,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from asyncds.changes import Changes, places
+from asyncds.columns import Columns, affixed, in_chunks, joined, taken
 from asyncds.errors import ConfigurationError
 
 __all__ = [
+    "Changes",
     "KeyFilter",
     "Label",
     "Manifest",
@@ -35,6 +40,7 @@ __all__ = [
     "ObjectInfo",
     "normalise_etag",
     "parse_uri",
+    "together",
     "version_id",
 ]
 
@@ -125,6 +131,21 @@ class ManifestBuilder:
             self._other_rows.append(len(self._sizes) - 1)
             self._others += encode(info.etag)
             self._other_ends.append(len(self._others))
+
+    def extend(self, infos: Sequence[ObjectInfo]) -> None:
+        """Append rows: a page of a listing at a time takes a third of the time."""
+        text = "".join([info.etag or "" for info in infos])
+        plain = all(info.etag is not None and len(info.etag) == 2 * _MD5_BYTES for info in infos)
+        if not plain or text.strip("0123456789abcdef") or any(info.etag == "0" * 2 * _MD5_BYTES for info in infos):
+            for info in infos:
+                self.add(info)
+            return
+        keys = [encode(info.key) for info in infos]
+        self._bucket_ids.extend([self._buckets.setdefault(info.bucket, len(self._buckets)) for info in infos])
+        self._ends.extend(accumulate(map(len, keys[1:]), initial=len(self._keys) + len(keys[0])) if keys else ())
+        self._keys += b"".join(keys)
+        self._sizes.extend([-1 if info.size is None else info.size for info in infos])
+        self._md5s += bytes.fromhex(text)
 
     def build(self, *, endpoint: str, source: str, left_out: Mapping[str, int] | None = None) -> "Manifest":
         """Return the table in the order in which rows came."""
@@ -254,31 +275,221 @@ class Manifest(Sequence[ObjectInfo]):
         left_out = "".join(f", {count:,} {reason} left out" for reason, count in self.left_out.items() if count)
         return f"<Manifest {self.source}: {len(self):,} objects, {size:,} bytes{labels}{left_out}>"
 
-    # new tables from this one
+    # where tables come from; only here does this module know of those that stand on it
 
-    def select(self, match: KeyFilter | None = None, limit: int | None = None) -> "Manifest":
-        """Keep the rows whose key fits a glob (`*` also spans `/`) or a predicate, at most the first `limit`."""
-        if match is None and (limit is None or limit >= len(self)):
+    @classmethod
+    def from_prefix(
+        cls,
+        uri: str,
+        *,
+        match: KeyFilter | None = None,
+        limit: int | None = None,
+        label: str | Callable[[str], Label] | None = None,
+        progress: bool = True,
+        **options: Any,
+    ) -> "Manifest":
+        """List `s3://bucket/prefix` now, in many places at once, in UTF-8 order of keys.
+
+        `match`, `limit`, `label`, and all that says where the store is and how to ask it, are those of
+        `CachedS3MapDataset.from_prefix`. Folder markers (`dir/`) are no rows. `progress` shows a bar on a terminal.
+        Raises `EmptyDataset`, and what the store raises.
+        """
+        from asyncds.origins import of_prefix
+
+        return of_prefix(uri, match, limit, label, progress, options)
+
+    @classmethod
+    def from_uris(
+        cls,
+        uris: Iterable[str],
+        labels: Iterable[Label] | None = None,
+        *,
+        label: str | Callable[[str], Label] | None = None,
+    ) -> "Manifest":
+        """Make a table of these objects, `s3://bucket/key`, in this order; sizes and ETags are unknown."""
+        from asyncds.origins import of_uris
+
+        return of_uris(uris, labels, label)
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        root: str | None = None,
+        key: str | int = "key",
+        label: str | int | None = "label",
+    ) -> "Manifest":
+        """Make a table of the keys and labels in a CSV file, as `CachedS3MapDataset.from_csv` does."""
+        from asyncds.origins import of_csv
+
+        return of_csv(path, root, key, label)
+
+    @classmethod
+    def from_parquet(
+        cls, path: str | os.PathLike[str], *, root: str | None = None, key: str = "key", label: str | None = None
+    ) -> "Manifest":
+        """Make a table of a Parquet file: what `to_parquet` wrote, or another's. Needs the extra `parquet`.
+
+        Columns `bucket`, `size`, `etag` and `label` (or the one named) count where they are there; without `bucket`,
+        a key is an `s3://` URI, or looked for below `root`. Labels are texts or numbers.
+        """
+        from asyncds.parquet import read_parquet
+
+        return read_parquet(path, os.fspath(path), root=root, key=key, label=label)
+
+    @classmethod
+    def from_inventory(
+        cls, place: str | os.PathLike[str], *, label: str | Callable[[str], Label] | None = None, **options: Any
+    ) -> "Manifest":
+        """Make a table of an S3 Inventory, whose `manifest.json` is on disk or, as `s3://…`, in a bucket.
+
+        In CSV, or in Parquet (extra `parquet`), in the order of its files; of versions, the latest. Files on disk are
+        looked for beside it, and in `data/`; `options` say where the store is, as for `from_prefix`. Each is compared
+        with the MD5 that the inventory names.
+        """
+        from asyncds.origins import of_inventory
+
+        return of_inventory(place, label, options)
+
+    # new tables from this one, which keep its labels and classes
+
+    def filter(
+        self, match: KeyFilter | None = None, limit: int | None = None, *, exclude: KeyFilter | None = None
+    ) -> "Manifest":
+        """Keep the rows whose key fits `match` and not `exclude`, at most the first `limit`, in their order.
+
+        Both are globs (`*` also spans `/`) or predicates. Those passed over are counted in `left_out`.
+        """
+        check_choice(match, limit)
+        check_choice(exclude, None)
+        if match is None and exclude is None and (limit is None or limit >= len(self)):
             return self
-        fits = predicate(match)
-        builder, places, filtered = ManifestBuilder(), array("q"), 0
-        for place, info in enumerate(self):
-            if len(builder) == limit:
+        kept, count, passed = [np.empty(0, np.int64)], 0, 0
+        for chunk in in_chunks(len(self)):
+            fits = self._fitting(match, chunk)
+            if exclude is not None:
+                fits &= ~self._fitting(exclude, chunk)
+            kept.append((np.flatnonzero(fits) + chunk.start)[: None if limit is None else limit - count])
+            count += len(kept[-1])
+            passed = chunk.stop
+            if count == limit:
+                passed = int(kept[-1][-1]) + 1
                 break
-            if fits(info.key):
-                builder.add(info)
-                places.append(place)
-            else:
-                filtered += 1
-        left_out = self.left_out | {"filtered": self.left_out.get("filtered", 0) + filtered}
-        chosen = builder.build(endpoint=self.endpoint, source=self.source, left_out=left_out)
-        if self.labels is None:
-            return chosen
-        column = self.labels[np.asarray(places)]
-        return Manifest(chosen._header | {"classes": self.classes}, chosen._columns | {"labels": column})
+        filtered = self.left_out.get("filtered", 0) + passed - count
+        return self._taken(np.concatenate(kept), self.left_out | {"filtered": filtered})
+
+    def split(self, fractions: Sequence[float], seed: int = 0) -> list["Manifest"]:
+        """Split at random into tables of these shares, which sum to 1: each row is in one of them, in its order here.
+
+        The same seed splits the same table in the same way. Lengths are rounded down; the first tables get what is
+        left, one row each.
+        """
+        try:
+            shares = np.array(fractions, float)
+        except (TypeError, ValueError):
+            shares = np.zeros(0)
+        if shares.ndim != 1 or not (shares >= 0).all() or abs(shares.sum() - 1) > 1e-6:
+            raise ConfigurationError(f"fractions={fractions!r}: give shares from 0 to 1 that sum to 1")
+        lengths = np.floor(shares * len(self) + 1e-6).astype(np.int64)
+        lengths[: len(self) - lengths.sum()] += 1
+        order = np.random.default_rng(seed).permutation(len(self))
+        return [self._taken(np.sort(rows)) for rows in np.split(order, np.cumsum(lengths)[:-1])]
+
+    def sample(self, n: int, seed: int = 0) -> "Manifest":
+        """Choose `n` different rows at random, the same ones for the same seed, in their order here."""
+        if not isinstance(n, int) or not 0 <= n <= len(self):
+            raise ConfigurationError(f"sample({n!r}): must be a whole number from 0 to {len(self)}, the rows there are")
+        rows = np.random.default_rng(seed).choice(len(self), n, replace=False, shuffle=False)
+        return self._taken(np.sort(rows))
+
+    def partition(self, i: int, n: int) -> "Manifest":
+        """The `i`-th of `n` runs of rows, from 0, of equal length to within one; added in order they are this table."""
+        if not isinstance(n, int) or not isinstance(i, int) or not 0 <= i < n:
+            raise ConfigurationError(f"partition({i!r}, {n!r}): the first counts from 0 and is below the second")
+        return self._taken(np.arange(len(self) * i // n, len(self) * (i + 1) // n))
+
+    def __add__(self, other: object) -> "Manifest":
+        """The rows of both, one after the other, with those that both have twice.
+
+        Both are of one endpoint, or one names none; both have labels, or none has. Where texts stand for other numbers
+        in the two, the sum numbers them anew, over the classes of both. Raises `ConfigurationError`.
+        """
+        return together([self, other]) if isinstance(other, Manifest) else NotImplemented
+
+    def __radd__(self, other: object) -> "Manifest":
+        return self if other == 0 else NotImplemented  # so that sum() works
+
+    def changes(self, old: "Manifest") -> Changes:
+        """What this table has that an older one of the same objects had not, by bucket and key.
+
+        Changed is what has another ETag, or, where one of the two is unknown, another size. Labels do not count.
+        """
+        first, there, their_first = places(self._columns, self._buckets, old._columns, old._buckets)
+        own = first == np.arange(len(self))
+        common = np.flatnonzero(own & (there >= 0))
+        changed = common[self._differs(common, old, there[common])]
+        only = their_first == np.arange(len(old))
+        only[there[common]] = False
+        added, gone = np.flatnonzero(own & (there < 0)), np.flatnonzero(only)
+        return Changes(self._taken(added), self._taken(changed), old._taken(gone))
+
+    def _differs(self, rows: NDArray[np.int64], old: "Manifest", their_rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        pairs = ((self, rows), (old, their_rows))
+        ours, theirs = (m._columns["versions"].reshape(-1, _MD5_BYTES)[r] for m, r in pairs)
+        size, their_size = self.sizes[rows], old.sizes[their_rows]
+        told = ours.any(axis=1) & theirs.any(axis=1)
+        differs: NDArray[np.bool_] = told & (ours != theirs).any(axis=1)
+        differs |= (size != their_size) & (size >= 0) & (their_size >= 0)
+        return differs
+
+    def _taken(self, rows: NDArray[np.int64], left_out: Mapping[str, int] | None = None) -> "Manifest":
+        columns, buckets = taken(self._columns, rows), self._buckets
+        if "bucket_ids" in columns:  # numbered in the order in which they come, as `ManifestBuilder` does
+            ids, first, inverse = np.unique(columns["bucket_ids"], return_index=True, return_inverse=True)
+            order = np.argsort(first)
+            buckets = [self._buckets[number] for number in ids[order].tolist()]
+            columns["bucket_ids"] = np.argsort(order).astype("<u2")[inverse]
+            if len(buckets) < 2:
+                del columns["bucket_ids"]
+        return Manifest(self._header | {"buckets": buckets, "left_out": dict(left_out or {})}, columns)
+
+    def _fitting(self, match: KeyFilter | None, chunk: slice) -> NDArray[np.bool_]:
+        if match is None:
+            return np.ones(chunk.stop - chunk.start, np.bool_)
+        if isinstance(match, str) and not set("?[") & set(match) and match.count("*") == 1:
+            start, _, end = match.partition("*")
+            return affixed(self._columns, chunk, encode(start), encode(end))
+        fits = predicate(match)
+        found = (bool(fits(key)) for key in self._texts(chunk))
+        return np.fromiter(found, np.bool_, chunk.stop - chunk.start)
+
+    def _texts(self, chunk: slice) -> Iterator[str]:
+        """The keys of these rows."""
+        ends = self._columns["ends"][chunk.start : chunk.stop + 1].tolist()
+        for start, stop in pairwise(ends):
+            yield decode(bytes(self._keys[start:stop]))
+
+    def counting(self, left_out: Mapping[str, int]) -> "Manifest":
+        """The same rows, with other counts of what was left out."""
+        return Manifest(self._header | {"left_out": dict(left_out)}, self._columns)
+
+    def _joining(self, buckets: list[str], classes: list[str] | None) -> Columns:
+        """The columns with buckets and labels numbered as in a larger table."""
+        columns = dict(self._columns)
+        if len(buckets) > 1:
+            numbers = np.array([buckets.index(name) for name in self._buckets], "<u2")
+            ids = columns.get("bucket_ids")
+            columns["bucket_ids"] = numbers[np.zeros(len(self), np.int64) if ids is None else ids]
+        if classes is not None and classes != self.classes:
+            places = np.array([classes.index(name) for name in self.classes or ()], "<i8")
+            columns["labels"] = places[columns["labels"]]
+        return columns
 
     def with_labels(self, labels: Iterable[Label]) -> "Manifest":
         """Attach one label per row. Texts become positions in their sorted set, as in torchvision's `ImageFolder`."""
+        if isinstance(labels, np.ndarray):
+            labels = labels.tolist()  # at once; label by label takes ten times as long
         values = [label.item() if isinstance(label, np.generic) else label for label in labels]
         if len(values) != len(self):
             raise ConfigurationError(f"{len(values)} labels for {len(self)} objects: give one label for each, in order")
@@ -311,6 +522,16 @@ class Manifest(Sequence[ObjectInfo]):
                 os.unlink(file.name)
                 raise
         return place
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> Path:
+        """Write columns `bucket`, `key`, `size`, `etag`, and `label` for other tools. Needs the extra `parquet`.
+
+        Raises `ConfigurationError` where a key is no UTF-8, which Parquet's texts are; `save` keeps such.
+        """
+        from asyncds.parquet import write_parquet
+
+        write_parquet(self, path)
+        return Path(path)
 
     def to_bytes(self) -> bytes:
         """What `save` writes."""
@@ -376,6 +597,46 @@ def _columns(data: NDArray[np.uint8], layout: dict[str, Any], offset: int) -> di
         columns[name] = data[offset : offset + length * kind.itemsize].view(kind)
         offset += length * kind.itemsize
     return columns
+
+
+def together(tables: Sequence[Manifest]) -> Manifest:
+    """The rows of all tables, one after the other; see `Manifest.__add__`."""
+    endpoints = [*dict.fromkeys(table.endpoint for table in tables if table.endpoint)]
+    if len(endpoints) > 1:
+        raise ConfigurationError(f"tables of {' and '.join(endpoints)} cannot be added: these are different stores")
+    source = " + ".join(dict.fromkeys(table.source for table in tables))
+    left_out = Counter[str]()
+    for table in tables:
+        left_out.update(table.left_out)
+    tables = [table for table in tables if len(table)] or tables[:1]
+    classes = _classes_of_all(tables)
+    buckets = [*dict.fromkeys(name for table in tables for name in table._buckets)]
+    header: dict[str, Any] = {"endpoint": "".join(endpoints), "source": source, "buckets": buckets}
+    header["left_out"] = dict(left_out)
+    if tables[0].labels is not None:
+        header["classes"] = classes
+    return Manifest(header, joined([table._joining(buckets, classes) for table in tables]))
+
+
+def _classes_of_all(tables: Sequence[Manifest]) -> list[str] | None:
+    if len({table.labels is None for table in tables}) > 1:
+        raise ConfigurationError("only some of the tables have labels: give labels to all, or to none")
+    classes = [table.classes for table in tables]
+    texts = [names for names in classes if names is not None]
+    if not texts:
+        return None
+    if len(texts) < len(classes):
+        raise ConfigurationError("labels are texts in some of the tables and numbers in others: give all the same kind")
+    same = all(names == texts[0] for names in texts)
+    return texts[0] if same else sorted({name for names in texts for name in names})
+
+
+def check_choice(match: KeyFilter | None, limit: int | None) -> None:
+    """Raise `ConfigurationError` where these cannot choose among keys."""
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ConfigurationError(f"limit={limit!r}: must be a whole number, at least 1")
+    if match is not None and not isinstance(match, str) and not callable(match):
+        raise ConfigurationError(f"match={match!r}: must be a glob or a callable of the key")
 
 
 def predicate(match: KeyFilter | None) -> Callable[[str], bool]:

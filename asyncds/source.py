@@ -25,8 +25,9 @@ from asyncds.cache import Cache, largest_that_fits
 from asyncds.download import Memory, Slots
 from asyncds.entry import object_id
 from asyncds.errors import CacheError, DatasetClosed, StoreError
+from asyncds.fanout import list_store
 from asyncds.fetcher import Fetcher
-from asyncds.listing import Labeller, Table, list_prefix
+from asyncds.listing import Labeller, Table
 from asyncds.lookup import Fetched, identify, lookup, resident
 from asyncds.manifest import KeyFilter, Manifest, ObjectInfo, parse_uri
 from asyncds.portal import Portal
@@ -491,18 +492,8 @@ class Source:
         bucket, prefix = parse_uri(self._uri)
         runtime = self.runtime()
         with progress_bar(f"listing {self._uri}", show=self.progress, unit="keys") as advance:
-            pages = runtime.store.list(bucket, prefix)
-            manifest = runtime.portal.call(
-                list_prefix(
-                    pages,
-                    endpoint=self.endpoint,
-                    bucket=bucket,
-                    prefix=prefix,
-                    match=match,
-                    limit=limit,
-                    progress=advance,
-                )
-            )
+            listing = list_store(runtime.store, bucket, prefix, match=match, limit=limit, progress=advance)
+            manifest = runtime.portal.call(listing)
         self._lists = max(1, -(-(len(manifest) + sum(manifest.left_out.values())) // _KEYS_OF_A_PAGE))
         return manifest
 

@@ -141,7 +141,8 @@ def test_listing_of_several_pages_is_complete(s3):
     s3.put_many("mnist", {f"{number:04}": b"" for number in range(2500)})
     with CachedS3MapDataset.from_prefix("s3://mnist", transform=key_of) as dataset:
         assert (len(dataset), dataset[2499]) == (2500, "2499")
-    assert s3.stats.requests == {"LIST": 3, "GET": 1}
+    assert s3.stats.requests["GET"] == 1
+    assert 3 <= s3.stats.requests["LIST"] <= 6  # pages, a look for folders, and a range for each full page at most
 
 
 def test_markers_of_folders_are_no_samples_and_are_counted(store):

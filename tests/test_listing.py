@@ -31,7 +31,7 @@ class Lister:
         for key in self.keys:
             builder.add(ObjectInfo("b", key, 1, hashlib.md5(key.encode()).hexdigest()))
         whole = builder.build(endpoint="e", source="s3://b/", left_out={"markers": 0, "filtered": 0})
-        return whole.select(match, limit)
+        return whole.filter(match, limit)
 
     @property
     def times(self):

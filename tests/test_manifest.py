@@ -1,13 +1,18 @@
 """The table of objects: what goes in comes out, on disk too, and a listing is whole or refused."""
 
 import hashlib
+import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from asyncds import changes, columns
 from asyncds.errors import ConfigurationError
 from asyncds.manifest import (
     Manifest,
@@ -73,6 +78,16 @@ def test_rows_come_back_as_they_went_in(tmp_path, infos):
         assert either.sizes.tolist() == [-1 if info.size is None else info.size for info in infos]
         assert (either.endpoint, either.source, either.left_out) == ("http://store", "s3://one/p", {"markers": 3})
     assert opened.digest == manifest.digest
+
+
+@QUICK
+@given(st.lists(st.lists(INFOS, max_size=5), max_size=4))
+def test_rows_that_come_together_are_those_that_come_one_by_one(pages):
+    builder = ManifestBuilder()
+    for page in pages:
+        builder.extend(page)
+    twin = table([info for page in pages for info in page])
+    assert builder.build(endpoint=twin.endpoint, source=twin.source).digest == twin.digest
 
 
 def test_table_as_bytes_is_what_its_file_holds(tmp_path):
@@ -220,16 +235,16 @@ def test_failed_save_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch
         (lambda key: "2" in key, None, "a/2.jpg", 2),
     ],
 )
-def test_select_keeps_what_fits(match, limit, expected, filtered):
+def test_filter_keeps_what_fits(match, limit, expected, filtered):
     manifest = table(objects("a/1.png", "a/2.jpg", "b/3.png"), markers=1, filtered=10)
-    chosen = manifest.select(match, limit)
+    chosen = manifest.filter(match, limit)
     assert [info.key for info in chosen] == expected.split()
     assert chosen.left_out == {"markers": 1, "filtered": 10 + filtered}
     assert chosen[:] == [info for info in manifest if info.key in expected.split()]
 
 
-def test_select_keeps_the_labels_of_what_it_keeps():
-    manifest = table(objects("a", "b", "c")).with_labels(["x", "y", "z"]).select("[!a]")
+def test_filter_keeps_the_labels_of_what_it_keeps():
+    manifest = table(objects("a", "b", "c")).with_labels(["x", "y", "z"]).filter("[!a]")
     assert [manifest.classes[label] for label in manifest.labels] == ["y", "z"]
 
 
@@ -308,3 +323,305 @@ def test_etag_loses_its_quotes(etag, normal):
 def test_different_etags_are_different_versions(etags):
     assert version_id(etags[0]) != version_id(etags[1])
     assert all(len(version_id(etag)) == 16 for etag in etags)
+
+
+# tables made of tables
+
+LABELLED = st.sampled_from(["none", "texts", "ints"])
+
+
+def labelled(infos, kind, base=0):
+    manifest = table(infos)
+    if kind == "none":
+        return manifest
+    return manifest.with_labels([f"c{(base + i) % 3}" if kind == "texts" else i for i in range(len(infos))])
+
+
+def rows_of(manifest):
+    """What a user sees of each row: texts, where labels stand for them."""
+    labels = [None] * len(manifest) if manifest.labels is None else manifest.labels.tolist()
+    names = manifest.classes
+    return [*zip(manifest, labels if names is None else [names[label] for label in labels], strict=True)]
+
+
+def canonical(manifest):
+    """The table that the builder makes of these rows: whatever way led to them, the columns are the same."""
+    twin = table(list(manifest))
+    assert {name: column.tolist() for name, column in manifest._columns.items() if name != "labels"} == {
+        name: column.tolist() for name, column in twin._columns.items()
+    }
+    assert manifest._buckets == twin._buckets
+    return True
+
+
+@QUICK
+@given(st.lists(INFOS, max_size=20), LABELLED, st.data())
+def test_rows_that_are_taken_are_those_of_the_table(infos, kind, data):
+    manifest, rows = labelled(infos, kind), []
+    whole = rows_of(manifest)
+    if infos:
+        rows = data.draw(st.lists(st.integers(0, len(infos) - 1), max_size=20))
+    chosen = manifest._taken(np.array(rows, np.int64))
+    assert rows_of(chosen) == [whole[row] for row in rows]
+    assert not rows or canonical(chosen)
+    assert chosen.classes == manifest.classes
+
+
+@QUICK
+@given(st.lists(st.lists(INFOS, max_size=6), min_size=1, max_size=4), LABELLED)
+def test_sum_has_the_rows_of_all_in_order(tables, kind):
+    manifests = [labelled(infos, kind, base) for base, infos in enumerate(tables)]
+    whole = sum(manifests)
+    assert rows_of(whole) == [row for manifest in manifests for row in rows_of(manifest)]
+    assert Manifest.from_bytes(whole.to_bytes()).digest == whole.digest
+    assert canonical(whole) or not len(whole)
+
+
+def test_sum_of_other_classes_numbers_them_anew():
+    one, two = table(objects("a", "b")).with_labels(["x", "z"]), table(objects("c")).with_labels(["y"])
+    assert ((one + two).labels.tolist(), (one + two).classes) == ([0, 2, 1], ["x", "y", "z"])
+
+
+def test_sum_is_of_one_store():
+    builder = ManifestBuilder()
+    builder.add(ObjectInfo("b", "c"))
+    known, other = (builder.build(endpoint=name, source="s") for name in ("http://store", "http://other"))
+    nowhere = builder.build(endpoint="", source="s")
+    assert (known + nowhere).endpoint == (nowhere + known).endpoint == "http://store"
+    with pytest.raises(ConfigurationError, match="http://store and http://other cannot be added"):
+        _ = known + other
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [(None, "only some of the tables have labels"), ([1], "numbers in others")]
+)
+def test_sum_of_labels_that_do_not_fit_is_refused(labels, message):
+    one, two = table(objects("a")).with_labels(["x"]), table(objects("b"))
+    with pytest.raises(ConfigurationError, match=message):
+        _ = one + (two if labels is None else two.with_labels(labels))
+
+
+def test_sum_with_something_else_is_a_type_error():
+    with pytest.raises(TypeError):
+        _ = table(objects("a")) + 1
+
+
+GLOBS = st.text(st.sampled_from("ab*?[]!é"), max_size=5)
+
+
+@QUICK
+@given(st.lists(st.text(st.sampled_from("abé]\n"), max_size=6), max_size=20), GLOBS, st.none() | GLOBS)
+def test_filter_fits_globs_as_fnmatch_does(keys, match, exclude):
+    chosen = table(objects(*keys)).filter(match, exclude=exclude)
+    fits = [key for key in keys if fnmatchcase(key, match)]
+    assert [info.key for info in chosen] == [key for key in fits if exclude is None or not fnmatchcase(key, exclude)]
+    assert chosen.left_out.get("filtered", 0) == len(keys) - len(chosen)
+
+
+def test_filter_works_across_chunks(monkeypatch):
+    monkeypatch.setattr("asyncds.columns._CHUNK", 4)
+    manifest = table(objects(*(f"{i}.{'png' if i % 3 else 'txt'}" for i in range(40))))
+    assert manifest.filter("*.png")[:] == [info for info in manifest if info.key.endswith("png")]
+    limited = manifest.filter("*.png", 9)
+    assert limited[:] == manifest.filter("*.png")[:9]
+    assert limited.left_out == {"filtered": 5}
+    shuffled = np.random.default_rng(0).permutation(40)
+    assert manifest._taken(shuffled)[:] == manifest.rows(shuffled)
+    assert manifest.changes(manifest._taken(shuffled[:30])).added[:] == manifest.rows(np.sort(shuffled[30:]))
+
+
+@pytest.mark.parametrize("fractions", [[1], [0.5, 0.5], [0.9, 0.1], [1 / 3] * 3, [0.0, 1.0], [0.1] * 10])
+@pytest.mark.parametrize("count", [0, 1, 10, 101])
+def test_split_is_disjoint_complete_and_repeatable(fractions, count):
+    manifest = labelled(objects(*(f"{i:03}" for i in range(count))), "texts")
+    parts = manifest.split(fractions, seed=3)
+    assert sorted(row for part in parts for row in rows_of(part)) == sorted(rows_of(manifest))
+    assert all(list(part) == sorted(part) for part in parts)
+    assert all(abs(len(part) - share * count) < 1 for part, share in zip(parts, fractions, strict=True))
+    assert [part.digest for part in manifest.split(fractions, seed=3)] == [part.digest for part in parts]
+    if count > 100 and len(parts) > 1 and 0 not in fractions:
+        assert manifest.split(fractions, seed=4)[0].digest != parts[0].digest
+
+
+@pytest.mark.parametrize("fractions", [[], [0.5], [0.6, 0.6], [1.5, -0.5], [float("nan")], [[1]], ["half"]])
+def test_split_that_is_no_split_is_refused(fractions):
+    with pytest.raises(ConfigurationError, match="shares from 0 to 1 that sum to 1"):
+        table(objects("a", "b")).split(fractions)
+
+
+def test_sample_is_of_different_rows_and_repeatable():
+    manifest = labelled(objects(*(f"{i:03}" for i in range(100))), "ints")
+    chosen = manifest.sample(10, seed=1)
+    assert len({info.key for info in chosen}) == len(chosen) == 10
+    assert set(rows_of(chosen)) < set(rows_of(manifest))
+    assert list(chosen) == sorted(chosen)
+    assert manifest.sample(10, seed=1).digest == chosen.digest != manifest.sample(10, seed=2).digest
+    assert rows_of(manifest.sample(100)) == rows_of(manifest)
+
+
+@pytest.mark.parametrize("n", [-1, 3, 0.5, "1", None])
+def test_sample_of_more_than_there_is_is_refused(n):
+    with pytest.raises(ConfigurationError, match="from 0 to 2"):
+        table(objects("a", "b")).sample(n)
+
+
+@pytest.mark.parametrize(("count", "n"), [(0, 1), (10, 1), (10, 3), (2, 5), (101, 4)])
+def test_partitions_added_are_the_table(count, n):
+    manifest = labelled(objects(*map(str, range(count))), "texts")
+    parts = [manifest.partition(i, n) for i in range(n)]
+    assert [row for part in parts for row in rows_of(part)] == rows_of(manifest)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert sum(parts).digest_of_rows == manifest.digest_of_rows
+
+
+@pytest.mark.parametrize(("i", "n"), [(3, 3), (-1, 3), (0, 0), (0.0, 1), (1, None)])
+def test_partition_outside_its_range_is_refused(i, n):
+    with pytest.raises(ConfigurationError, match="counts from 0 and is below the second"):
+        table(objects("a", "b")).partition(i, n)
+
+
+# changes
+
+UNIQUE = st.lists(INFOS, max_size=15, unique_by=lambda info: (info.bucket, info.key))
+
+
+@QUICK
+@given(UNIQUE, UNIQUE)
+def test_changes_are_those_that_a_dict_finds(new, old):
+    found = table(new).changes(table(old))
+    before, after = ({(info.bucket, info.key): info for info in infos} for infos in (old, new))
+
+    def differs(one, other):
+        if None not in (one.etag, other.etag) and one.etag != other.etag:
+            return True
+        return None not in (one.size, other.size) and one.size != other.size
+
+    common = after.keys() & before.keys()
+    assert found.added[:] == [info for place, info in after.items() if place not in before]
+    assert found.removed[:] == [info for place, info in before.items() if place not in after]
+    assert found.changed[:] == [i for p, i in after.items() if p in common and differs(i, before[p])]
+    assert bool(found) == bool(len(found.added) or len(found.changed) or len(found.removed))
+
+
+def test_changes_between_equal_tables_are_none():
+    manifest = table(objects("a", "b", "b"))
+    found = manifest.changes(table(objects("b", "a")))
+    assert not found
+    assert str(found) == "0 added, 0 changed, 0 removed"
+
+
+def test_key_that_is_twice_is_one_change():
+    found = table(objects("a", "a")).changes(table(objects("b", "b")))
+    assert (found.added[:], found.removed[:]) == (objects("a"), objects("b"))
+
+
+def test_keys_of_one_hash_are_told_apart(monkeypatch):
+    asked = []
+
+    def weak(table, buckets, seed):
+        asked.append(seed)
+        return columns.hashes(table, buckets, seed) % (2 if seed < 3 else 2**63)
+
+    monkeypatch.setattr(changes, "hashes", weak)
+    new, old = objects(*map(str, range(50))), objects(*map(str, range(25, 75)))
+    found = table(new).changes(table(old))
+    assert (found.added[:], len(found.changed), found.removed[:]) == (new[:25], 0, old[25:])
+    assert max(asked) == 3
+
+
+@QUICK
+@given(st.lists(st.text(st.sampled_from("ab\0"), max_size=20), min_size=2, max_size=2, unique=True))
+def test_hashes_of_different_keys_differ(keys):
+    manifest = table([ObjectInfo("b", key) for key in keys])
+    one, other = columns.hashes(manifest._columns, ["b"], 0)
+    assert one != other
+
+
+# Parquet
+
+
+@QUICK
+@given(
+    st.lists(
+        INFOS.filter(lambda info: "\ud800" not in info.key and info.etag == normalise_etag(info.etag)), max_size=20
+    ),
+    st.sampled_from(["none", "texts", "ints", "floats"]),
+)
+def test_parquet_brings_back_what_it_was_given(tmp_path, infos, kind):
+    manifest = (
+        labelled(infos, kind) if kind != "floats" else table(infos).with_labels([i / 2 for i in range(len(infos))])
+    )
+    again = Manifest.from_parquet(manifest.to_parquet(tmp_path / "m.parquet"))
+    assert rows_of(again) == rows_of(manifest)
+    assert canonical(again) or not infos
+    assert (again.endpoint, again.source) == (manifest.endpoint, manifest.source)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.parquet"]
+
+
+def test_parquet_keeps_classes_that_no_row_has(tmp_path):
+    manifest = table(objects("a", "b", "c")).with_labels(["x", "y", "z"]).filter("c")
+    again = Manifest.from_parquet(manifest.to_parquet(tmp_path / "m.parquet"))
+    assert (again.labels.tolist(), again.classes) == ([2], ["x", "y", "z"])
+
+
+def test_parquet_is_written_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("asyncds.columns._CHUNK", 4)
+    monkeypatch.setattr("asyncds.parquet._ROWS", 3)
+    infos = [ObjectInfo("b", f"{i}", i, f"odd-{i}" if i % 2 else None) for i in range(11)]
+    assert Manifest.from_parquet(table(infos).to_parquet(tmp_path / "m.parquet"))[:] == infos
+
+
+def parquet(place, /, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), place)
+    return place
+
+
+def test_parquet_of_others_has_uris_or_keys_below_a_root(tmp_path):
+    place = parquet(tmp_path / "m", path=["s3://b/a é", "c"], animal=["cat", "dog"])
+    manifest = Manifest.from_parquet(place, root="s3://d/e/", key="path", label="animal")
+    assert list(manifest) == [ObjectInfo("b", "a é"), ObjectInfo("d", "e/c")]
+    assert (manifest.labels.tolist(), manifest.classes) == ([0, 1], ["cat", "dog"])
+    with pytest.raises(ConfigurationError, match="'c' is no URI of an object: say root="):
+        Manifest.from_parquet(place, key="path")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"name": ["s3://b/a"]}, "no column 'key'; it has name"),
+        ({"key": ["s3://b/a", None]}, "a row has no key"),
+        ({"key": ["s3://b/"]}, "is no URI of an object"),
+        ({"key": ["s3://b/a"], "label": [None]}, "a row has no label"),
+        ({"key": ["s3://b/a"], "label": [[1]]}, "labels are of type list"),
+        ({"key": ["s3://b/a"], "size": ["big"]}, "cannot be read as Parquet"),
+    ],
+)
+def test_parquet_that_cannot_be_meant_is_refused_in_one_line(tmp_path, columns, message):
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        Manifest.from_parquet(parquet(tmp_path / "m", **columns))
+    assert str(caught.value).startswith(str(tmp_path / "m"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_parquet_cut_short_is_refused(tmp_path, share):
+    place = table(objects("a", "b")).to_parquet(tmp_path / "m.parquet")
+    data = place.read_bytes()
+    place.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(ConfigurationError, match=r"m\.parquet: cannot be read as Parquet"):
+        Manifest.from_parquet(place)
+    with pytest.raises(ConfigurationError, match="absent: cannot be read as Parquet"):
+        Manifest.from_parquet(tmp_path / "absent")
+
+
+def test_key_that_is_no_text_is_not_written_as_parquet(tmp_path):
+    with pytest.raises(ConfigurationError, match="cannot be written as Parquet"):
+        table([ObjectInfo("b", "\ud800")]).to_parquet(tmp_path / "m.parquet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for call in (lambda: table(objects("a")).to_parquet(tmp_path / "m"), lambda: Manifest.from_parquet(tmp_path / "m")):
+        with pytest.raises(ConfigurationError, match=r"pip install 'asyncds\[parquet\]'"):
+            call()

@@ -82,7 +82,7 @@ def _ago(moment: float | None) -> str:
 
 
 def _changes(uri: str, place: Path | None, as_json: bool, store: dict[str, Any]) -> None:
-    from asyncds.contents import changes, saved_listing
+    from asyncds.contents import saved_listing
     from asyncds.manifest import parse_uri
     from asyncds.recipe import StoreRecipe
     from asyncds.source import Source
@@ -94,16 +94,17 @@ def _changes(uri: str, place: Path | None, as_json: bool, store: dict[str, Any])
     if saved is None:
         raise CacheError(f"{name} at {recipe.identity}: no listing of it is saved; `asyncds warm` saves one")
     with closing(Source(recipe, name)) as source:
-        found = changes(saved, source.list_anew())
+        found = source.list_anew().changes(saved)
+    tables = {"added": found.added, "changed": found.changed, "removed": found.removed}
     if as_json:
-        print_json({"dataset": source.tag} | found._asdict())
+        print_json({"dataset": source.tag} | {kind: [info.key for info in rows] for kind, rows in tables.items()})
         return
-    for kind, keys in found._asdict().items():
-        for key in keys[:_SHOWN]:
-            click.echo(f"{kind} {key!r}")
-        if len(keys) > _SHOWN:
-            click.echo(f"{kind} … and {len(keys) - _SHOWN:,} more")
-    click.echo(f"{source.tag}: " + ", ".join(f"{len(keys):,} {kind}" for kind, keys in found._asdict().items()))
+    for kind, rows in tables.items():
+        for info in rows[:_SHOWN]:
+            click.echo(f"{kind} {info.key!r}")
+        if len(rows) > _SHOWN:
+            click.echo(f"{kind} … and {len(rows) - _SHOWN:,} more")
+    click.echo(f"{source.tag}: {found}")
 
 
 def _required(uri: str | None) -> str:

@@ -1,12 +1,12 @@
 """The seam between asyncds and a store."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from typing import NoReturn, Protocol, runtime_checkable
+from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
 
 from asyncds.errors import StoreError
 from asyncds.manifest import ObjectInfo
 
-__all__ = ["First", "NoParts", "ObjectStore", "Outcome", "Reserve", "failed", "no_bound"]
+__all__ = ["First", "NoParts", "ObjectStore", "Outcome", "Page", "Pages", "Reserve", "failed", "no_bound"]
 
 Reserve = Callable[[int], None]
 First = Callable[[], Awaitable[tuple[ObjectInfo, bytes]]]
@@ -73,4 +73,24 @@ class ObjectStore(Protocol):
 
     async def head(self, bucket: str, key: str) -> ObjectInfo:
         """Return size and ETag without the bytes. Raise `ObjectNotFound`."""
+        ...
+
+
+class Page(NamedTuple):
+    """Part of a listing, and what to ask for the rest by: None where there is none."""
+
+    objects: Sequence[ObjectInfo]
+    token: str | None
+
+
+@runtime_checkable
+class Pages(Protocol):
+    """What a store can have beside the three methods: then its listings are read in many places at once."""
+
+    async def page(self, bucket: str, prefix: str, *, after: str = "", token: str | None = None) -> Page:
+        """Return one page of a listing in UTF-8 order, retried: behind the key `after`, or where a token says."""
+        ...
+
+    async def folders(self, bucket: str, prefix: str) -> Sequence[str]:
+        """Return what keys begin with from the prefix to the next slash: as many as fit on a page, retried."""
         ...

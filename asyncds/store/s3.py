@@ -27,10 +27,11 @@ from asyncds.errors import (
 )
 from asyncds.manifest import ObjectInfo, normalise_etag
 from asyncds.retry import Retry
-from asyncds.store.base import NoParts, Outcome, Reserve, failed, no_bound
+from asyncds.store.base import NoParts, Outcome, Page, Reserve, failed, no_bound
 from asyncds.store.connection import Connection
 from asyncds.store.integrity import HowVerified, can_verify, compare_md5
 from asyncds.store.lean import Credentials, LeanLane, Why
+from asyncds.store.pages import read_pages_first
 from asyncds.store.translate import status_error, translate
 from asyncds.store.wire import Answer, Body, BrokenConnection
 
@@ -120,22 +121,39 @@ class S3Store:
 
     async def list(self, bucket: str, prefix: str) -> AsyncGenerator[Sequence[ObjectInfo], None]:
         """Yield pages of up to 1,000 objects, each page retried within the deadline."""
+        token, seen = None, set[str]()
+        while True:
+            page = await self.page(bucket, prefix, token=token)
+            yield page.objects
+            if page.token is None:
+                return
+            if page.token in seen:
+                what = f"listing s3://{bucket}/{prefix}"
+                raise TransferFailed(f"{what}: the store says that there is more, and leads in a circle")
+            seen.add(token := page.token)
+
+    async def page(self, bucket: str, prefix: str, *, after: str = "", token: str | None = None) -> Page:
+        """Return one page of the listing, which begins behind this key, or where the page before said."""
         what = f"listing s3://{bucket}/{prefix}"
         client = await self._opened(what)
-        arguments, seen = {"Bucket": bucket, "Prefix": prefix}, set[str]()
-        while True:
-            page = await self._retry(partial(self._page, client, arguments, what), what)
-            yield [
-                ObjectInfo(bucket, entry["Key"], entry["Size"], normalise_etag(entry.get("ETag")))
-                for entry in page.get("Contents", ())
-            ]
-            token = page.get("NextContinuationToken")
-            if not page.get("IsTruncated"):
-                return
-            if not token or token in seen:
-                raise TransferFailed(f"{what}: the store says that there is more, and leads in a circle")
-            seen.add(token)
-            arguments = arguments | {"ContinuationToken": token}
+        arguments = {"Bucket": bucket, "Prefix": prefix}
+        if token is not None or after:
+            arguments |= {"StartAfter": after} if token is None else {"ContinuationToken": token}
+        page = await self._retry(partial(self._page, client, arguments, what), what)
+        entries = page.get("Contents", ())
+        objects = [ObjectInfo(bucket, e["Key"], e["Size"], normalise_etag(e.get("ETag"))) for e in entries]
+        token = page.get("NextContinuationToken") if page.get("IsTruncated") else None
+        if page.get("IsTruncated") and not token:
+            raise TransferFailed(f"{what}: the store says that there is more, and leads in a circle")
+        return Page(objects, token)
+
+    async def folders(self, bucket: str, prefix: str) -> Sequence[str]:
+        """Return up to 1,000 of the common prefixes up to the next slash."""
+        what = f"listing s3://{bucket}/{prefix}"
+        client = await self._opened(what)
+        arguments = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
+        page = await self._retry(partial(self._page, client, arguments, what), what)
+        return [common["Prefix"] for common in page.get("CommonPrefixes", ())]
 
     async def get(
         self, info: ObjectInfo, reserve: Reserve = no_bound, part: slice | None = None
@@ -391,9 +409,9 @@ class S3Store:
         client = await context.__aenter__()
         self._context = context
         _guard(client)
-        _leave_dates_alone(client)
         self._lane = _lean_lane(client, self._timeout) if self._may_be_lean else None
         client.meta.events.register("before-send.s3.GetObject", self._learn)
+        read_pages_first(client.meta.events)
         if self.connection.endpoint is not None:
             client.meta.events.register_first("needs-retry.s3", _refuse_wrong_region)
         self._client = client
@@ -482,14 +500,6 @@ def _region_of(session: Any) -> str | None:
     if hasattr(session, "get_config_variable"):
         return session.get_config_variable("region")  # type: ignore[no-any-return]
     return getattr(session, "region_name", None)
-
-
-def _leave_dates_alone(client: Any) -> None:
-    """Let the client keep dates as texts: reading them took a third of the time of a listing, which needs none."""
-    factory = getattr(client._endpoint, "_response_parser_factory", None)
-    if factory is not None:
-        client._endpoint._response_parser_factory = factory = type(factory)()
-        factory.set_parser_defaults(timestamp_parser=str)
 
 
 def _lean_lane(client: Any, timeout: float) -> LeanLane | None:
