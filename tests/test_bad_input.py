@@ -345,7 +345,7 @@ def test_argument_that_cannot_mean_anything(s3, arguments, named, remedy):
 
 def test_variable_that_cannot_mean_anything(monkeypatch):
     monkeypatch.setenv("ASYNCDS_CONCURRENCY", "many")
-    with pytest.raises(ConfigurationError, match="ASYNCDS_CONCURRENCY='many': must be a whole number"):
+    with pytest.raises(ConfigurationError, match="ASYNCDS_CONCURRENCY='many': must be auto, or a whole number"):
         make_of("from_prefix", "s3://mnist/train")
 
 
