@@ -17,6 +17,7 @@ import os
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -120,11 +121,15 @@ class Flight:
 async def asyncds_lane(lane: str, options: argparse.Namespace) -> AsyncIterator[Any]:
     from asyncds.retry import Retry
     from asyncds.settings import Settings
+    from asyncds.stats import Counters
     from asyncds.store.connection import Connection
     from asyncds.store.s3 import S3Store
 
     connection, retry = Connection.resolve(Settings()), Retry(0, deadline=60, first_contact=10)
-    store = S3Store(connection, concurrency=options.concurrency, timeout=30, retry=retry, lean=lane == "lean")
+    folder = tempfile.TemporaryDirectory()
+    counters = Counters(Path(folder.name) / "counters")  # as a dataset counts
+    more = {"lean": lane == "lean", "on_get": counters.count_get}
+    store = S3Store(connection, concurrency=options.concurrency, timeout=30, retry=retry, **more)
     infos = {int(info.key): info async for page in store.list(BUCKET, "") for info in page}
 
     async def fetch(numbers: Iterator[int], received: Received) -> None:
@@ -138,6 +143,7 @@ async def asyncds_lane(lane: str, options: argparse.Namespace) -> AsyncIterator[
     others = store.lanes.total() - store.lanes["lean" if lane == "lean" else "off"]
     assert others <= (lane == "lean"), f"{others} objects came on the other lane"
     await store.aclose()
+    folder.cleanup()
 
 
 @asynccontextmanager
@@ -310,10 +316,10 @@ def measure(options: argparse.Namespace) -> None:
             for name, runs in results.items()
             for number, run in enumerate(runs)
         ]
+        if options.json:
+            options.json.write_text(json.dumps(kept, indent=1))
     print(f"\n{CORES} cores, which the server shares; {options.concurrency} GETs in flight at most, and in threads as")
     print(f"many as there are; {', '.join(sorted({run['version'] for run in kept if 'version' in run}))}.")
-    if options.json:
-        options.json.write_text(json.dumps(kept, indent=1))
 
 
 def main() -> None:

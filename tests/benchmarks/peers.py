@@ -48,7 +48,7 @@ from measuring import (
     table,
 )
 
-CONCURRENCY = 256  # asyncds' own default
+CONCURRENCY = 256  # what is taken for the requests in flight where answers come at once
 SERIAL_S = 3.0  # about how long those that ask for one object after the other are timed
 HEADER = ["", "samples/s", "spread", "asyncds cold to it", "asyncds warm to it", "GETs per sample", "other requests"]
 HEADER += ["peak in flight", "CPU per sample"]
