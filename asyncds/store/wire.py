@@ -16,7 +16,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from aiohappyeyeballs import AddrInfoType, start_connection
 
@@ -137,8 +137,7 @@ class _Connection(asyncio.BufferedProtocol):
     # what the transport calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
-        self._transport = transport  # type: ignore[assignment]
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's do not inherit from it
 
     def get_buffer(self, sizehint: int) -> memoryview:
         # Of a body that nobody knew to be large, not much is to arrive before somebody says that there is room for it.
