@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import operator
 import os
 import shutil
@@ -38,7 +37,7 @@ from asyncds.selection import Selection
 from asyncds.stats import Counters
 from asyncds.store import ObjectStore
 from asyncds.warm import Missing, Plan, WarmReport, planned, warm
-from asyncds.workers import SECONDS_BETWEEN_CHECKS, insist_on_a_loader, is_worker, workers
+from asyncds.workers import SECONDS_BETWEEN_CHECKS, insist_on_a_loader, settle_in, spare_the_collector, workers
 
 __all__ = ["Arrivals", "Source"]
 
@@ -179,10 +178,7 @@ class _Runtime:
             admits=partial(Source.admits, weakref.proxy(source)) if settings.admit == "smallest" else None,
             on_early=source.early.add,
         )
-        if is_worker() and not gc.get_freeze_count():
-            # What a worker has inherited and loaded stays until it ends. Otherwise the garbage collector goes through
-            # all of it again and again, because so much comes and goes: a tenth of an epoch of small objects.
-            gc.freeze()
+        spare_the_collector()
         self.close = util.Finalize(None, self._shut, exitpriority=_FIRST_TO_CLOSE)
         weakref.finalize(source, self._dropped).atexit = False
 
@@ -322,6 +318,7 @@ class Source:
         """Look up a batch in the cache, in the calling thread; see `lookup`."""
         if self._closed:
             raise DatasetClosed(f"{self._uri}: the dataset was closed; make a new one")
+        settle_in()
         if not self.early.objects:
             found = lookup(self.cache, self.endpoint, infos, self.tag)
         else:

@@ -1,15 +1,18 @@
 """What a process knows of the DataLoader that it may be a worker of. No torch is imported for it."""
 
+import gc
 import multiprocessing
+import os
 import sys
 from multiprocessing.synchronize import Event
 from typing import Any
 
 from asyncds.errors import DatasetClosed
 
-__all__ = ["SECONDS_BETWEEN_CHECKS", "insist_on_a_loader", "is_worker", "workers"]
+__all__ = ["SECONDS_BETWEEN_CHECKS", "insist_on_a_loader", "is_worker", "settle_in", "spare_the_collector", "workers"]
 
 SECONDS_BETWEEN_CHECKS = 0.2
+_settled = 0
 
 
 def workers() -> int:
@@ -21,6 +24,24 @@ def workers() -> int:
 def is_worker() -> bool:
     """Whether this process works for a DataLoader."""
     return _info() is not None
+
+
+def spare_the_collector() -> None:
+    """In a worker, let the garbage collector leave alone what is there by now; to be called when much has been made.
+
+    It stays until the worker ends. Otherwise it is gone through again and again, because so much comes and goes: a
+    tenth of an epoch of small objects; and once at least, which takes 0.3 s where torch is loaded.
+    """
+    if is_worker():
+        gc.freeze()
+
+
+def settle_in() -> None:
+    """What a worker does before its first batch, which may be all there is to be done if everything is cached."""
+    global _settled
+    if _settled != os.getpid():
+        _settled = os.getpid()
+        spare_the_collector()
 
 
 def insist_on_a_loader() -> None:
