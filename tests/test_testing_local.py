@@ -221,7 +221,7 @@ import http.server, os, pathlib, sys
 host, port = sys.argv[sys.argv.index("--address") + 1].split(":")
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200 if self.path == "/minio/health/ready" else 500)
+        self.send_response(200 if self.path == "/minio/health/cluster" else 500)
         self.end_headers()
 """
 REFUSED_ONCE = """

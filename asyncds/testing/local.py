@@ -136,7 +136,7 @@ def _minio(binary: str, access_key: str, secret_key: str) -> _Program:
             "MINIO_BROWSER": "off",
             "MINIO_UPDATE": "off",
         },
-        ready_path="/minio/health/ready",
+        ready_path="/minio/health/cluster",
     )
 
 
