@@ -52,7 +52,13 @@ async def list_store(
         if progress is not None:
             progress(keys)
 
-    if isinstance(store, Pages) and limit is None and at_once > 1 and not bucket.endswith("--x-s3"):
+    if (
+        isinstance(store, Pages)
+        and _lists_by_pages(store)
+        and limit is None
+        and at_once > 1
+        and not bucket.endswith("--x-s3")
+    ):
         try:
             return await _Listing(store, bucket, prefix, match, count, at_once).run(store.endpoint)
         except _OutOfOrder:
@@ -61,6 +67,13 @@ async def list_store(
     return await list_prefix(
         pages, endpoint=store.endpoint, bucket=bucket, prefix=prefix, match=match, limit=limit, progress=count
     )
+
+
+def _lists_by_pages(store: ObjectStore) -> bool:
+    """Whether `list` has not been changed by a class below the one that `page` comes from: that would count."""
+    mro = type(store).__mro__
+    list_home, page_home = (next(n for n, home in enumerate(mro) if name in vars(home)) for name in ("list", "page"))
+    return list_home >= page_home
 
 
 class _Range:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, Self, Unpack
@@ -43,7 +43,7 @@ def _abandon(beginning: asyncio.Future[LargeEntry | None]) -> None:
         entry.abandon()
 
 
-def _chunks(infos: Iterable[ObjectInfo]) -> Iterator[list[ObjectInfo]]:
+async def _chunks(infos: Iterable[ObjectInfo]) -> AsyncGenerator[list[ObjectInfo], None]:
     source = iter(infos)
     while chunk := list(islice(source, _LOOKUP)):
         yield chunk
@@ -299,12 +299,12 @@ class Fetcher:
                 yield result
 
     async def outcomes(
-        self, infos: Iterable[ObjectInfo]
+        self, infos: Iterable[ObjectInfo] | AsyncIterable[list[ObjectInfo]]
     ) -> AsyncGenerator[tuple[ObjectInfo, Fetched | AsyncdsError], None]:
-        """As `fetch`, with each failure in the place of its object."""
+        """As `fetch`, with each failure in the place of its object; also of what has to be waited for, in lists."""
         window = _Window(self, self.downloader.memory.size)
         try:
-            for chunk in _chunks(infos):
+            async for chunk in infos if isinstance(infos, AsyncIterable) else _chunks(infos):
                 for info, hit in zip(*self._lookup(chunk), strict=True):
                     if hit is not None:
                         yield info, hit
@@ -330,8 +330,8 @@ class Fetcher:
             raise ConfigurationError("a fetcher without a cache has nothing to warm")
         selection, manifest = Selection.of(**choice), _table(infos)
         rows = selection.rows(manifest)
-        missing = Missing(self._cache, self._store.endpoint, manifest, rows, self._admits, self._tag)
         with progress_bar(f"warming {manifest.source}", len(rows), show=progress) as advance:
+            missing = Missing(self._cache, self._store.endpoint, manifest, rows, self._admits, self._tag, advance)
             return await warm(self, missing, advance)
 
     def start(self, info: ObjectInfo) -> Flight:

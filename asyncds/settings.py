@@ -279,11 +279,13 @@ class Settings(BaseSettings):
 
 
 _Layer = dict[str, Any]
+# Those that have names of others have none that begin with ASYNCDS_.
+_NOT_OURS = {name for name, field in Settings.model_fields.items() if field.validation_alias is not None}
 
 
 def _layers(environment: Callable[[], _Layer], file: Callable[[], _Layer]) -> tuple[_Layer, _Layer]:
     """What the environment sets, and what the `.env` file does, without what must not be mixed."""
-    strongest, weakest = environment(), file()
+    strongest, weakest = ({k: v for k, v in layer().items() if k not in _NOT_OURS} for layer in (environment, file))
     for strong, weak in ((strongest, weakest), (weakest, strongest)):
         for name in (name for family in _CREDENTIALS if family[0] in strong for name in family):
             weak.pop(name, None)

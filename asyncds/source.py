@@ -412,8 +412,8 @@ class Source:
         rows = (selection or Selection()).rows(manifest)
         admits = self.admits if self.settings.admit == "smallest" else lambda size: True
         admits(0)
-        missing = Missing(self.cache, self.endpoint, manifest, rows, admits, self.tag)
         with progress_bar(f"warming {self._uri}", len(rows), show=progress) as advance:
+            missing = Missing(self.cache, self.endpoint, manifest, rows, admits, self.tag, advance)
             report = runtime.portal.call(warm(runtime.fetcher, missing, advance))
         self.insist()
         return report

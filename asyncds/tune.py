@@ -13,9 +13,10 @@ from typing import Literal, NamedTuple
 
 from asyncds.cache import Cache
 from asyncds.entry import NewEntry
-from asyncds.errors import EmptyDataset
+from asyncds.errors import CacheError, DeadlineExceeded, EmptyDataset
 from asyncds.fetcher import Fetcher
 from asyncds.large import StoredBody
+from asyncds.limiter import most
 from asyncds.listing import list_prefix
 from asyncds.lookup import Fetched
 from asyncds.manifest import Manifest, ObjectInfo
@@ -38,6 +39,7 @@ _VAIN = 2  # doublings that may bring less, before no more are tried
 _SATURATED = 0.85  # of a core, which is all that the event loop of a process can use
 _REFUSED = 0.01  # of the requests
 _KEPT, _KEPT_BYTES = 2_000, 64 << 20
+_GRACE_S = 5.0  # for what is in flight when a step ends, and for connections before it begins
 _WRITTEN = 64  # at a time
 
 
@@ -85,7 +87,7 @@ class Tuning(NamedTuple):
     @property
     def rate(self) -> float:
         """Objects per second of a cold epoch, which fetches and writes at the same time."""
-        return min(self.best.rate, self.written)
+        return min(self.best.rate, self.written) if self.written else self.best.rate
 
     @property
     def epoch_s(self) -> float:
@@ -95,8 +97,8 @@ class Tuning(NamedTuple):
 
 def knee(steps: Sequence[Step]) -> Step:
     """The step of fewest requests in flight of which twice as many bring next to nothing more."""
-    most = max(step.rate for step in steps)
-    return next(step for step in steps if step.rate * _PAYS >= most)
+    highest = max(step.rate for step in steps)
+    return next(step for step in steps if step.rate * _PAYS >= highest)
 
 
 def binding(steps: Sequence[Step], written: float) -> Limit:
@@ -104,7 +106,7 @@ def binding(steps: Sequence[Step], written: float) -> Limit:
     best = knee(steps)
     if any(step.refused > _REFUSED * step.objects for step in steps):
         return "store"
-    if written < best.rate:
+    if 0 < written < best.rate:
         return "cache"
     if best.cpu > _SATURATED * best.seconds:
         return "cpu"
@@ -125,25 +127,39 @@ async def tune(
 
     Lists up to 10,000 keys, and gets them in random order with 1, 2, 4 … requests in flight, until twice as many no
     longer pay, the store refuses, or the budget is spent. Then writes some of what came to a cache of its own beside
-    the one in use, and deletes it. Writes nothing to the bucket. Raises what a fetcher raises, and `EmptyDataset`.
+    the one in use, and deletes it. Writes nothing to the bucket. A step takes a few seconds more where answers stall.
+    Raises what a fetcher raises, `EmptyDataset`, `CacheError`, and `DeadlineExceeded` where nothing came at all.
     """
     settings, refusals, started = recipe.settings, _Refusals(), time.monotonic()
+    highest = min(highest, most())
+    try:
+        settings.cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(f"{settings.cache_dir}: {error.strerror}; name another folder by ASYNCDS_CACHE_DIR") from None
     retry = Retry(settings.retries, settings.deadline, settings.first_contact, on_retry=refusals.add)
     store = recipe.make(highest, retry)
     async with Fetcher(store, None, concurrency=highest, retry=retry) as fetcher:
         manifest = await _listed(store, bucket, prefix)
         order = random.Random(0).sample(range(len(manifest)), len(manifest))
         run = _Run(fetcher.get, cycle(manifest.rows(order)), refusals, objects)
-        steps, highest = list[Step](), min(highest, len(manifest))
+        steps, highest = list[Step](), min(highest, max(1, len(manifest) // 2))  # or one would be asked for twice
         while _pays(steps) and (concurrency := _next(steps, highest)):
             left = seconds - (time.monotonic() - started)
             length = min(_LONGEST_S, max(_SHORTEST_S, _ROUND_TRIPS * steps[0].time_of_one)) if steps else _SHORTEST_S
             if steps and (left < length or run.left < 2 * concurrency):
                 break  # half a step would say less than none
-            steps.append(await run.step(concurrency, min(left, length)))
-            tell(steps[-1])
+            step = await run.step(concurrency, length)
+            if not step.objects:
+                break
+            steps.append(step)
+            tell(step)
+    if not steps:
+        raise DeadlineExceeded(f"s3://{bucket}/{prefix}: no object came within {seconds:g} s; raise --seconds")
     cut = _pays(steps) and steps[-1].concurrency < highest
-    written = await asyncio.to_thread(_written, settings.cache_dir, run.bodies)
+    try:
+        written = await asyncio.to_thread(_written, settings.cache_dir, run.bodies)
+    except OSError as error:
+        raise CacheError(f"{settings.cache_dir}: {error}; name another folder by ASYNCDS_CACHE_DIR") from None
     mean = float(manifest.sizes.clip(0).mean())
     return Tuning(len(manifest), len(manifest) < _LISTED, mean, tuple(steps), written, cut)
 
@@ -203,10 +219,17 @@ class _Run:
         """Measure for so many seconds, or until no objects are left that may be asked for."""
         self._arrived = self._bytes = 0
         self._warming = concurrency
-        self._until = float("inf")
         self._seconds = seconds
         self._begin()
-        await asyncio.gather(*(self._keep_asking() for _ in range(concurrency)))
+        self._until = float("inf")  # until all have had one
+        asking = [asyncio.create_task(self._keep_asking()) for _ in range(concurrency)]
+        await asyncio.wait(asking, timeout=2 * seconds + _GRACE_S, return_when=asyncio.FIRST_EXCEPTION)
+        for task in asking:
+            task.cancel()
+        ended = await asyncio.gather(*asking, return_exceptions=True)
+        for error in ended:
+            if isinstance(error, Exception):
+                raise error
         return Step(concurrency, self._arrived, self._bytes, *self._last, self._refusals.count - self._refused)
 
     def _begin(self) -> None:
@@ -233,7 +256,7 @@ class _Run:
             self._last = now - self._started, _cpu() - self._cpu
 
     def _keep(self, body: bytes | StoredBody) -> None:
-        if isinstance(body, bytes) and len(self.bodies) < _KEPT and self._room >= len(body):
+        if isinstance(body, bytes) and len(self.bodies) < _KEPT and (self._room >= len(body) or not self.bodies):
             self._room -= len(body)
             self.bodies.append(body)
 
@@ -245,7 +268,6 @@ def _cpu() -> float:
 
 def _written(directory: Path, bodies: Sequence[bytes]) -> float:
     """Objects per second that a cache in this directory takes; it is gone afterwards."""
-    directory.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix="tune-", dir=directory) as place,
         closing(Cache(place, sweeping=False)) as cache,

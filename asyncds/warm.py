@@ -1,7 +1,8 @@
 """Bring a whole table into the cache, before training needs it."""
 
+import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -66,7 +67,8 @@ class Plan(NamedTuple):
 
 
 class Missing:
-    """Rows of a manifest that the cache does not have, found 200 at a time while they are consumed.
+    """Rows of a manifest that the cache does not have, found 200 at a time while they are consumed; `advance` is told
+    of all others.
 
     Those that the cache has no room for, or that `admits` does not want, are left out, and counted in `unfit`.
     """
@@ -78,7 +80,8 @@ class Missing:
         manifest: Manifest,
         rows: NDArray[np.int64],
         admits: Callable[[int], bool],
-        tag: str = "",
+        tag: str,
+        advance: Advance,
     ) -> None:
         self.total = len(rows)
         self.resident = 0
@@ -89,22 +92,29 @@ class Missing:
         self._rows = rows
         self._admits = admits
         self._tag = tag
+        self._advance = advance
 
-    def __iter__(self) -> Iterator[ObjectInfo]:
+    async def __aiter__(self) -> AsyncGenerator[list[ObjectInfo], None]:
+        """Look in a thread, and yield what is missing of 200 at a time: a million that are there hold nobody up."""
         for start in range(0, self.total, _LOOKUP):
-            infos = self._manifest.rows(self._rows[start : start + _LOOKUP])
-            present = resident(self._cache, self._endpoint, infos)
-            self.resident += sum(present)
-            needed = sum(info.size or 0 for info, there in zip(infos, present, strict=True) if not there)
-            room = self._cache.make_room(needed, self._tag)
-            for info, there in zip(infos, present, strict=True):
-                if there:
-                    continue
-                if not self._fits(info, room):
-                    self.unfit += 1
-                else:
-                    room -= info.size or 0
-                    yield info
+            looked_at = self._rows[start : start + _LOOKUP]
+            found = await asyncio.to_thread(self._missing, looked_at)
+            self._advance(len(looked_at) - len(found))
+            yield found
+
+    def _missing(self, rows: NDArray[np.int64]) -> list[ObjectInfo]:
+        infos = self._manifest.rows(rows)
+        present = resident(self._cache, self._endpoint, infos)
+        self.resident += sum(present)
+        absent = [info for info, there in zip(infos, present, strict=True) if not there]
+        room = self._cache.make_room(sum(info.size or 0 for info in absent), self._tag) if absent else 0
+        found = []
+        for info in absent:
+            if self._fits(info, room):
+                room -= info.size or 0
+                found.append(info)
+        self.unfit += len(absent) - len(found)
+        return found
 
     def _fits(self, info: ObjectInfo, room: int) -> bool:
         if info.size is None:
@@ -136,7 +146,7 @@ async def warm(fetcher: "Fetcher", missing: Missing, advance: Advance) -> WarmRe
     Failures of single objects are collected. A store that cannot be reached, or that has given nothing after 100
     failures, raises what it raised.
     """
-    started, before, shown = time.monotonic(), fetcher.uncached, 0
+    started, before = time.monotonic(), fetcher.uncached
     fetched, size, failures = 0, 0, list[str]()
     try:
         async with aclosing(fetcher.outcomes(missing)) as outcomes:
@@ -150,11 +160,9 @@ async def warm(fetcher: "Fetcher", missing: Missing, advance: Advance) -> WarmRe
                 else:
                     fetched, size = fetched + 1, size + len(result.body)
                     del result  # or it is held until the next one is there
-                done = missing.resident + missing.unfit + fetched + len(failures)
                 seconds = max(time.monotonic() - started, 1e-3)
                 rate = f"{size / 1e6:,.1f} MB, {fetched / seconds:,.0f}/s, {size / 1e6 / seconds:,.1f} MB/s"
-                advance(done - shown, note=f"{rate}, {len(failures):,} failed, {fetcher.in_flight:,} in flight")
-                shown = done
+                advance(1, note=f"{rate}, {len(failures):,} failed, {fetcher.in_flight:,} in flight")
     finally:
         await fetcher.flush()
     uncached = missing.unfit + fetcher.uncached - before

@@ -16,6 +16,7 @@ from asyncds.cache import Cache
 from asyncds.dataset import CachedS3MapDataset
 from asyncds.entry import NewEntry
 from asyncds.lookup import resident
+from asyncds.manifest import Manifest
 from asyncds.settings import Settings
 from asyncds.testing import Fault, S3Server
 
@@ -501,6 +502,22 @@ def test_clear_leaves_what_is_not_ours(two):
     assert json_of("stats")["entries"] == 0
 
 
+@pytest.mark.parametrize("kind", ["of two prefixes", "of objects"])
+def test_clear_spares_what_another_kind_of_dataset_may_be_reading(two, kind):
+    options = {"transform": lambda file: file.read()}
+    if kind == "of objects":
+        dataset = CachedS3MapDataset.from_objects([f"s3://mnist/{KEYS[0]}"], **options)
+    else:
+        tables = [Manifest.from_prefix(f"s3://mnist/{name}/") for name in ("train", "test")]
+        dataset = CachedS3MapDataset.from_manifest(sum(tables), **options)
+    with dataset:
+        assert dataset[0]
+        code, _, errors = run("clear", "s3://mnist/test/", "--yes")
+    assert code == 1
+    assert f"{name_of(two, 'test/')} is in use" in errors
+    assert "s3://mnist/test/" in cached()
+
+
 def test_clear_spares_what_a_living_process_holds_unless_forced(two):
     with CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=lambda file: file.read()) as dataset:
         len(dataset)
@@ -602,7 +619,7 @@ def test_commands_need_no_torch(bucket, command):
     assert (done.returncode, done.stderr, done.stdout.splitlines()[-1]) == (0, "", "False")
 
 
-@pytest.mark.parametrize("command", ["warm", "ls", "stats", "verify", "clear", "config", "demo"])
+@pytest.mark.parametrize("command", ["warm", "tune", "ls", "stats", "verify", "clear", "config", "demo"])
 def test_help_of_each_command_is_light(command):
     script = (
         f"import sys\nfrom asyncds.cli import main\nsys.argv = ['asyncds', {command!r}, '--help']\n"

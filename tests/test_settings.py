@@ -277,3 +277,12 @@ def test_every_setting_is_in_the_table_of_the_documentation():
         variables = ", ".join(f"`{variable}`" for variable in setting.variables)
         rows.append(f"| {variables} | {shown} | {setting.description} |")
     assert re.findall(r"^\| `.*$", document, re.MULTILINE) == rows, "\n".join(["the table has to be:", *rows])
+
+
+def test_names_of_fields_are_no_variables_where_others_are(monkeypatch):
+    monkeypatch.setenv("ASYNCDS_ENDPOINT", "http://elsewhere:9000")
+    monkeypatch.setenv("ASYNCDS_SECRET_KEY", "canary")
+    with pytest.warns(UserWarning, match="is no variable of asyncds"):
+        settings = Settings()
+    assert (settings.endpoint, settings.secret_key) == (None, None)
+    assert "canary" not in str(settings.explained())

@@ -1,10 +1,11 @@
 """What a bucket gives from here: steps, the knee, the limit's name; and that measuring leaves nothing behind."""
 
+import asyncio
 import os
 
 import pytest
 
-from asyncds.errors import AccessDenied, EmptyDataset
+from asyncds.errors import AccessDenied, CacheError, DeadlineExceeded, EmptyDataset
 from asyncds.recipe import StoreRecipe
 from asyncds.testing import Fault
 from asyncds.tune import Step, binding, knee, tune
@@ -71,13 +72,40 @@ async def test_no_more_time_is_taken_than_there_is(server, tmp_path):
     found = await tune(StoreRecipe.of(cache_dir=tmp_path), "mnist", "", seconds=0.01)
     assert [step.concurrency for step in found.steps] == [1]
     assert found.cut
+    assert found.rate > 0
+
+
+async def test_object_that_stalls_ends_its_step_and_no_more(server, tmp_path):
+    server.script("mnist", KEYS[7], [Fault.stall(10)], forever=True)
+    async with asyncio.timeout(40):
+        found = await tune(StoreRecipe.of(cache_dir=tmp_path), "mnist", "", highest=4, seconds=3)
+    assert found.best.rate > 0
+
+
+async def test_slow_objects_are_counted_with_all_who_ask_at_work(server, tmp_path):
+    server.latency = 0.6  # longer than a step of the first
+    found = await tune(StoreRecipe.of(cache_dir=tmp_path), "mnist", "", highest=4, seconds=20)
+    assert [round(step.rate * 0.6 / step.concurrency, 1) for step in found.steps] == [1.0, 1.0, 1.0]
+
+
+async def test_nothing_is_recommended_where_nothing_came(server, tmp_path):
+    server.script("mnist", None, [Fault.stall(0)], forever=True)
+    with pytest.raises(DeadlineExceeded, match="no object came"):
+        await tune(StoreRecipe.of(cache_dir=tmp_path), "mnist", "", seconds=1)
+
+
+async def test_cache_that_cannot_be_is_named_before_anything_is_asked(server, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheError, match="ASYNCDS_CACHE_DIR"):
+        await tune(StoreRecipe.of(cache_dir=tmp_path / "file" / "cache"), "mnist", "")
+    assert server.stats.total == 0
 
 
 async def test_fewer_objects_than_requests_that_might_be_in_flight(server, tmp_path):
     server.latency = 0.02
     found = await tune(StoreRecipe.of(cache_dir=tmp_path), "mnist", "train/00", highest=64, seconds=20)
     assert found.objects == 10
-    assert [step.concurrency for step in found.steps] == [1, 2, 4, 8, 10]
+    assert [step.concurrency for step in found.steps] == [1, 2, 4, 5]
 
 
 async def test_store_that_refuses_is_asked_no_harder(server, tmp_path):

@@ -237,12 +237,18 @@ def _cleared(cache: "Cache", chosen: "list[Held]", force: bool) -> tuple[list[di
 
 
 def _is_shared(cache: "Cache", name: str) -> bool:
-    """Whether a dataset that is in use has objects in common with this one: one prefix lies below the other."""
+    """Whether a dataset that is in use may have objects in common with this one: one prefix lies below the other, or it
+    is of several prefixes, or of none."""
     uri, _, endpoint = name.rpartition(" at ")
     in_use = [held.name.rpartition(" at ") for held in cache.datasets() if held.in_use]
     return any(
-        endpoint == other and (uri.startswith(other_uri) or other_uri.startswith(uri)) for other_uri, _, other in in_use
+        endpoint == other and (not _is_prefix(theirs) or uri.startswith(theirs) or theirs.startswith(uri))
+        for theirs, _, other in in_use
     )
+
+
+def _is_prefix(name: str) -> bool:
+    return name.startswith("s3://") and " + " not in name
 
 
 def _named(cache: "Cache", name: str) -> "list[Held]":

@@ -1,5 +1,7 @@
 """`asyncds tune`."""
 
+import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,8 @@ def tune(
     from asyncds.recipe import StoreRecipe
     from asyncds.tune import tune as measure
 
+    if math.isnan(seconds):
+        raise ConfigurationError("--seconds nan: write a number of seconds")
     bucket, prefix = parse_uri(uri)
     if plot is not None:
         _check_plot(plot)
@@ -122,8 +126,11 @@ def _check_plot(path: Path) -> None:
     """Refuse what could not be drawn before anything is measured."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigurationError(f"--plot {path}: the name ends in .png, .svg or .pdf")
-    if not path.absolute().parent.is_dir():
-        raise ConfigurationError(f"--plot {path}: there is no folder {path.absolute().parent}")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigurationError(f"--plot {path}: there is no folder {folder}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigurationError(f"--plot {path}: nothing can be written there")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
