@@ -356,8 +356,11 @@ class Cache:
             raise CacheError(f"{self.directory} is read-only: nothing in it can be mended")
         problems = audit.check(self._folder, self._is_sound)
         if fix and problems:
-            audit.fix(self._folder, problems)
-            self.sweep()
+            try:
+                audit.fix(self._folder, problems)
+                self.sweep()
+            except FAULTS as error:
+                raise CacheError(f"{self.directory} cannot be mended now ({error}): try again later") from None
         return problems
 
     def _is_sound(self, key: bytes) -> bool:

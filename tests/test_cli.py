@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -674,3 +675,26 @@ def test_tune_refuses_in_one_line(bucket, arguments, code, message):
     got, output, errors = run("tune", *arguments)
     assert (got, output, errors.count("\n")) == (code, "", 1)
     assert message in errors
+
+
+@pytest.mark.parametrize("command", [["warm", "s3://mnist/"], ["tune", "s3://mnist/"], ["ls"], ["clear", "--all"]])
+def test_empty_folder_is_not_the_current_one(bucket, command):
+    code, output, errors = run(*command, "--cache-dir", "")
+    assert (code, output, errors.count("\n")) == (2, "", 1)
+    assert "--cache-dir" in errors
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_cache_that_cannot_be_mended_now_says_so(bucket, tmp_path):
+    assert run("warm", "s3://mnist/train/", "--quiet")[0] == 0
+    objects = Settings().cache_dir / "asyncds" / "objects"
+    with sqlite3.connect(objects / "cache.db") as index:
+        index.execute("UPDATE Settings SET value = 1 WHERE key = 'count'")
+    holder = sqlite3.connect(objects / "cache.db", isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    code, _, errors = run("verify", "--fix")
+    holder.rollback()
+    holder.close()
+    assert code == 1
+    assert errors.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in errors

@@ -5,14 +5,14 @@ from typing import Any
 
 import click
 
-from asyncds.cli.opening import as_json, print_json, print_table
+from asyncds.cli.opening import Folder, as_json, print_json, print_table
 
 __all__ = ["config"]
 
 
 @click.command()
 @click.option("--concurrency", help="Instead of the variable.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Instead of the variable.")
+@click.option("--cache-dir", type=Folder(path_type=Path), help="Instead of the variable.")
 @click.option("--cache-size", help="Instead of the variable.")
 @as_json
 def config(as_json: bool, **arguments: Any) -> None:

@@ -14,11 +14,21 @@ from asyncds.errors import CacheError
 if TYPE_CHECKING:
     from asyncds.cache import Cache
 
-__all__ = ["as_json", "cache_dir", "opened", "print_json", "print_table", "store_options"]
+__all__ = ["Folder", "as_json", "cache_dir", "opened", "print_json", "print_table", "store_options"]
 
 _UNFOLDED = 10_000
 
-cache_dir = click.option("--cache-dir", type=click.Path(path_type=Path), help="Which cache; else ASYNCDS_CACHE_DIR.")
+
+class Folder(click.Path):
+    """A path that says something: an empty one, as of a variable that is not set, would be the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+cache_dir = click.option("--cache-dir", type=Folder(path_type=Path), help="Which cache; else ASYNCDS_CACHE_DIR.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 
 

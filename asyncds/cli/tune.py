@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from asyncds.cli.opening import as_json, print_json, store_options
+from asyncds.cli.opening import Folder, as_json, print_json, store_options
 from asyncds.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _BAR = 20
 @click.option("--objects", type=click.IntRange(min=2), default=50_000, show_default=True, help="To get, at most.")
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="At most.")
 @store_options
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Whose disk to measure; else ASYNCDS_CACHE_DIR.")
+@click.option("--cache-dir", type=Folder(path_type=Path), help="Whose disk to measure; else ASYNCDS_CACHE_DIR.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: a .png, .svg or .pdf file.")
 @as_json
 def tune(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from asyncds.cli.opening import as_json, print_json, store_options
+from asyncds.cli.opening import Folder, as_json, print_json, store_options
 from asyncds.errors import AccessDenied, AsyncdsError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class _Terminated(KeyboardInterrupt):
 @click.option("--dry-run", is_flag=True, help="Say what it would take. Lists, and gets nothing.")
 @store_options
 @click.option("--concurrency", help="Requests in flight; else ASYNCDS_CONCURRENCY.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where to keep it; else ASYNCDS_CACHE_DIR.")
+@click.option("--cache-dir", type=Folder(path_type=Path), help="Where to keep it; else ASYNCDS_CACHE_DIR.")
 @click.option("--cache-size", help="Limit such as 50GB or 30%; else ASYNCDS_CACHE_SIZE.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @as_json
