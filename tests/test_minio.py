@@ -185,7 +185,7 @@ def test_empty_and_large_objects_arrive_whole(start):
         assert dataset.stats()["gets_lean"] >= 5
 
 
-@pytest.mark.parametrize("count", [2500, pytest.param(20_000, marks=[pytest.mark.thorough, pytest.mark.timeout(600)])])
+@pytest.mark.parametrize("count", [1500, pytest.param(20_000, marks=[pytest.mark.thorough, pytest.mark.timeout(600)])])
 def test_listing_of_many_keys_is_complete(start, count):
     minio = start()
     keys = [f"many/{number % 7}/{number:05} +%é" for number in range(count)]
