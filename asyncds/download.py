@@ -15,7 +15,7 @@ from asyncds.large import PART
 from asyncds.limiter import Limiter, most
 from asyncds.manifest import ObjectInfo
 from asyncds.retry import Retry
-from asyncds.store.base import First, ObjectStore, failed, no_bound
+from asyncds.store.base import First, ObjectStore, failed, no_bound, stands_for
 
 __all__ = ["Budget", "Downloader", "Express", "Memory", "SizeTold", "Slots", "verify"]
 
@@ -325,7 +325,9 @@ class Downloader:
         self._retry = retry
         self.slots = slots
         self._count = self._bytes = 0
-        self._ask: Callable[[ObjectInfo, Express, float], bool] | None = _way_to_ask(store)
+        self._ask: Callable[[ObjectInfo, Express, float], bool] | None = None
+        if stands_for(store, "ask", "get"):
+            self._ask = store.ask  # type: ignore[attr-defined]
 
     def express(self, object: Express) -> None:
         """Send for an object as soon as there is a slot, without a task.
@@ -448,13 +450,6 @@ class Downloader:
         self.slots.came(len(body))
         self._observe(time.perf_counter() - started)
         return body
-
-
-def _way_to_ask(store: ObjectStore) -> Any:
-    """The store's `ask`, if it comes from the class that its `get` comes from: one that has been changed, or wrapped,
-    counts."""
-    homes = [next((home for home in type(store).__mro__ if name in vars(home)), None) for name in ("get", "ask")]
-    return store.ask if homes[0] is not None and homes[0] is homes[1] else None  # type: ignore[attr-defined]
 
 
 def _admit(turn: _Turn, most: int | None, clock: asyncio.Timeout, size: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from asyncds.errors import TransferFailed
 from asyncds.listing import Rows, list_prefix
 from asyncds.manifest import KeyFilter, Manifest, together
-from asyncds.store.base import ObjectStore, Pages
+from asyncds.store.base import ObjectStore, Pages, stands_for
 
 __all__ = ["list_store", "midway"]
 
@@ -54,7 +54,7 @@ async def list_store(
 
     if (
         isinstance(store, Pages)
-        and _lists_by_pages(store)
+        and stands_for(store, "page", "list")
         and limit is None
         and at_once > 1
         and not bucket.endswith("--x-s3")
@@ -67,13 +67,6 @@ async def list_store(
     return await list_prefix(
         pages, endpoint=store.endpoint, bucket=bucket, prefix=prefix, match=match, limit=limit, progress=count
     )
-
-
-def _lists_by_pages(store: ObjectStore) -> bool:
-    """Whether `list` has not been changed by a class below the one that `page` comes from: that would count."""
-    mro = type(store).__mro__
-    list_home, page_home = (next(n for n, home in enumerate(mro) if name in vars(home)) for name in ("list", "page"))
-    return list_home >= page_home
 
 
 class _Range:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, Self, Unpack
@@ -299,12 +299,14 @@ class Fetcher:
                 yield result
 
     async def outcomes(
-        self, infos: Iterable[ObjectInfo] | AsyncIterable[list[ObjectInfo]]
+        self, infos: Iterable[ObjectInfo] | AsyncGenerator[list[ObjectInfo], None]
     ) -> AsyncGenerator[tuple[ObjectInfo, Fetched | AsyncdsError], None]:
         """As `fetch`, with each failure in the place of its object; also of what has to be waited for, in lists."""
         window = _Window(self, self.downloader.memory.size)
-        try:
-            async for chunk in infos if isinstance(infos, AsyncIterable) else _chunks(infos):
+        async with contextlib.AsyncExitStack() as at_end:
+            at_end.callback(window.close)
+            chunks = infos if isinstance(infos, AsyncGenerator) else _chunks(infos)
+            async for chunk in await at_end.enter_async_context(contextlib.aclosing(chunks)):
                 for info, hit in zip(*self._lookup(chunk), strict=True):
                     if hit is not None:
                         yield info, hit
@@ -314,8 +316,6 @@ class Fetcher:
                         yield await window.next()
             while window.pending:
                 yield await window.next()
-        finally:
-            window.close()
 
     async def warm(
         self, infos: Iterable[ObjectInfo], *, progress: bool = False, **choice: Unpack[Choice]

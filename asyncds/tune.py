@@ -223,9 +223,11 @@ class _Run:
         self._begin()
         self._until = float("inf")  # until all have had one
         asking = [asyncio.create_task(self._keep_asking()) for _ in range(concurrency)]
-        await asyncio.wait(asking, timeout=2 * seconds + _GRACE_S, return_when=asyncio.FIRST_EXCEPTION)
-        for task in asking:
-            task.cancel()
+        try:
+            await asyncio.wait(asking, timeout=2 * seconds + _GRACE_S, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for task in asking:
+                task.cancel()
         ended = await asyncio.gather(*asking, return_exceptions=True)
         for error in ended:
             if isinstance(error, Exception):

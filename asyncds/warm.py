@@ -94,7 +94,7 @@ class Missing:
         self._tag = tag
         self._advance = advance
 
-    async def __aiter__(self) -> AsyncGenerator[list[ObjectInfo], None]:
+    async def chunks(self) -> AsyncGenerator[list[ObjectInfo], None]:
         """Look in a thread, and yield what is missing of 200 at a time: a million that are there hold nobody up."""
         for start in range(0, self.total, _LOOKUP):
             looked_at = self._rows[start : start + _LOOKUP]
@@ -149,7 +149,7 @@ async def warm(fetcher: "Fetcher", missing: Missing, advance: Advance) -> WarmRe
     started, before = time.monotonic(), fetcher.uncached
     fetched, size, failures = 0, 0, list[str]()
     try:
-        async with aclosing(fetcher.outcomes(missing)) as outcomes:
+        async with aclosing(fetcher.outcomes(missing.chunks())) as outcomes:
             async for _, result in outcomes:
                 if isinstance(result, DatasetClosed | EndpointUnreachable):
                     raise result

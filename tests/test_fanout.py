@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncds import Connection, S3Store, Settings
 from asyncds.errors import AccessDenied, TransferFailed
 from asyncds.fanout import list_store, midway
 from asyncds.listing import list_prefix
@@ -284,3 +285,36 @@ async def test_real_servers_are_listed_whole(kind, monkeypatch):
         found = await list_store(store, "mnist", "")
         await store.aclose()
     assert [info.key for info in found] == sorted(keys)
+
+
+class Leaves(S3Store):
+    """A store whose user has a say in what is listed."""
+
+    async def list(self, bucket, prefix):
+        async for page in super().list(bucket, prefix):
+            yield page[1:]
+
+
+class Around:
+    """Something around a store, which knows nothing of pages."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+
+    async def list(self, bucket, prefix):
+        async for page in self.store.list(bucket, prefix):
+            yield page[1:]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+async def test_list_that_was_changed_is_the_one_that_lists(s3, wrapped):
+    s3.put_many("mnist", dict.fromkeys("abc", b"x"))
+    options = {"concurrency": 2, "timeout": 5, "retry": Retry(0, 5, 5)}
+    connection = Connection.resolve(Settings())
+    store = Around(S3Store(connection, **options)) if wrapped else Leaves(connection, **options)
+    manifest = await list_store(store, "mnist", "")
+    await store.aclose()
+    assert [info.key for info in manifest] == ["b", "c"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from asyncds import warm
 from asyncds.cache import Cache
 from asyncds.download import Memory, verify
 from asyncds.errors import (
@@ -654,3 +655,24 @@ async def test_store_without_aclose_is_fine():
 
     async with fetching(Bare({("b", "k"): b"x"})) as fetcher:
         assert (await fetcher.get(ObjectInfo("b", "k"))).body == b"x"
+
+
+async def test_looking_for_what_is_cached_holds_nobody_up(tmp_path, monkeypatch):
+    looking, go_on, resident = threading.Event(), threading.Event(), warm.resident
+
+    def slow(*arguments):
+        looking.set()
+        assert go_on.wait(20)
+        return resident(*arguments)
+
+    monkeypatch.setattr(warm, "resident", slow)
+    store = store_of(300)
+    infos = infos_of(store)
+    async with Fetcher.open(store=store, cache_dir=tmp_path) as fetcher:
+        warming = asyncio.create_task(fetcher.warm(infos))
+        await asyncio.to_thread(looking.wait, 20)
+        async with asyncio.timeout(10):
+            assert (await fetcher.get(infos[7])).body == b"7" * 10
+        go_on.set()
+        report = await warming
+    assert (report.objects, report.resident + report.fetched) == (300, 300)

@@ -108,13 +108,16 @@ def _print(found: "Tuning") -> None:
 def _summary(found: "Tuning") -> list[str]:
     best, size = found.best, found.mean_size * found.objects
     more = ", without decoding" if found.complete else ", without decoding; there are more, which take in proportion"
+    writes = f"The cache takes {found.written:,.0f} of these objects a second."
+    if not found.written:
+        writes = "The cache took none of these objects: `asyncds stats` shows its room."
     cut = ["The budget ended it before more stopped to pay: raise --objects or --seconds."] if found.cut else []
     return [
         "",
         *cut,
         f"Best: {best.concurrency} in flight, {best.rate:,.0f} objects/s.",
         f"The limit is {_LIMITS[found.limit]}.",
-        f"The cache takes {found.written:,.0f} of these objects a second.",
+        writes,
         f"A cold epoch over {found.objects:,} objects ({size / 1e6:,.1f} MB) takes {found.epoch_s:,.1f} s{more}.",
         "`auto`, the default, finds such a number by itself, and goes with what changes. To fix it:",
         "",

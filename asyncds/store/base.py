@@ -6,7 +6,7 @@ from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
 from asyncds.errors import StoreError
 from asyncds.manifest import ObjectInfo
 
-__all__ = ["First", "NoParts", "ObjectStore", "Outcome", "Page", "Pages", "Reserve", "failed", "no_bound"]
+__all__ = ["First", "NoParts", "ObjectStore", "Outcome", "Page", "Pages", "Reserve", "failed", "no_bound", "stands_for"]
 
 Reserve = Callable[[int], None]
 First = Callable[[], Awaitable[tuple[ObjectInfo, bytes]]]
@@ -15,6 +15,14 @@ First = Callable[[], Awaitable[tuple[ObjectInfo, bytes]]]
 
 class NoParts(StoreError):
     """The store sends objects as a whole only."""
+
+
+def stands_for(store: object, shortcut: str, method: str) -> bool:
+    """Whether a store's `shortcut` does what its `method` does: not where a class below the one that the shortcut comes
+    from has changed the method, nor where something is wrapped around the store."""
+    mro = type(store).__mro__
+    homes = [next((place for place, home in enumerate(mro) if name in vars(home)), None) for name in (shortcut, method)]
+    return None not in homes and homes[0] <= homes[1]  # type: ignore[operator]
 
 
 def failed(error: BaseException) -> First:

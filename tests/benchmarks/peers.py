@@ -223,8 +223,8 @@ def measure(options: argparse.Namespace) -> None:
                     path.write_bytes(body)
                 os.environ |= CREDENTIALS | {"AWS_ENDPOINT_URL": runs.server.endpoint}
                 kept += measured(name, bodies, runs, Limits(runs.server, bucket_of(name), bodies, kind.opened))
-    print(f"\n{CORES} cores, which the server shares; {options.rounds} rounds; {CONCURRENCY} requests of asyncds in")
-    print(f"flight at most; {', '.join(sorted({run['version'] for run in kept if 'version' in run}))}")
+    print(f"\n{CORES} cores, which the server shares; {options.rounds} rounds;")
+    print(f"{', '.join(sorted({run['version'] for run in kept if 'version' in run}))}")
     if options.json:
         options.json.write_text(json.dumps(kept, indent=1))
     if options.plot:
