@@ -57,6 +57,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/lookahead.py
 	$(BIN)/python tests/benchmarks/manifest.py
 	$(BIN)/python tests/benchmarks/limiter.py
+	$(BIN)/python tests/benchmarks/tail.py
 	$(MAKE) bench-peers
 
 # A library whose environment cannot be made is a row of the tables that says so.

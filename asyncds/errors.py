@@ -45,6 +45,8 @@ class AsyncdsError(Exception):
     """Whether the same request may succeed when it is sent again."""
     remedy = ""
     """What to do about it: appended to the message once no further attempt will be made."""
+    retry_after = 0.0
+    """Seconds that the store asks to wait for before the next attempt."""
 
     def because(self, remedy: str) -> "AsyncdsError":
         """Set the remedy of this one error, and return it for `raise`."""

@@ -9,8 +9,9 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal, Self, Unpack
 
+from asyncds.budget import Memory, Slots
 from asyncds.cache import Cache, LargeEntry
-from asyncds.download import Downloader, Express, Memory, SizeTold, Slots
+from asyncds.download import Downloader, Express, SizeTold
 from asyncds.entry import NewEntry, object_id
 from asyncds.errors import AsyncdsError, ConfigurationError, DatasetClosed, ObjectChanged
 from asyncds.index import FAULTS
@@ -186,7 +187,7 @@ class Fetcher:
 
     Lives on one event loop. At most `concurrency` requests are in flight, and 32 MiB between socket and disk; fetchers
     that are given the same `slots` and `memory` share these bounds. What `admits` does not want, by its size, is not
-    cached.
+    cached. With `hedging`, an object that takes much longer than others is asked for twice (`Hedging`).
     A waiter that is cancelled or times out does not disturb the download, nor others who wait for it. A failure is
     told to all who wait, once, and not remembered.
 
@@ -210,6 +211,7 @@ class Fetcher:
         slots: Slots | None = None,
         memory: Memory | None = None,
         admits: Callable[[int], bool] | None = None,
+        hedging: bool = True,
         on_early: Callable[[Fetched], None] | None = None,
     ) -> None:
         try:
@@ -220,11 +222,12 @@ class Fetcher:
         self._cache = cache
         self._patience = retry.deadline / 4
         self._slots = slots or Slots.of(concurrency)
+        self._counters = counters
         observe = counters.observe if counters is not None else lambda seconds: None
-        self.downloader = Downloader(store, retry, self._slots, memory or Memory(), observe)
+        hedge = partial(self._count, hedges=1)
+        self.downloader = Downloader(store, retry, self._slots, memory or Memory(), observe, hedge, hedging=hedging)
         self._tag = tag
         self._admits = admits or (lambda size: True)
-        self._counters = counters
         self._on_early = on_early or (lambda fetched: None)
         self._flights: dict[Key, Flight] = {}
         self._ahead = Prefetch[ObjectInfo, Fetched]()
@@ -257,7 +260,15 @@ class Fetcher:
             undo.callback(cache.release, tag)
             slots = Slots.of(settings.concurrency)
             store = recipe.make(slots.most, retry)
-            fetcher = cls(store, cache, concurrency=settings.concurrency, retry=retry, tag=tag, slots=slots)
+            fetcher = cls(
+                store,
+                cache,
+                concurrency=settings.concurrency,
+                retry=retry,
+                tag=tag,
+                slots=slots,
+                hedging=settings.hedging,
+            )
             fetcher._at_end = undo.pop_all()
         return fetcher
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_plus
 
-from asyncds.download import Slots
+from asyncds.budget import Slots
 from asyncds.errors import ConfigurationError, EmptyDataset
 from asyncds.fanout import list_store
 from asyncds.labels import labeller, read_csv

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import TypeVar
 
 from asyncds.errors import AsyncdsError, DeadlineExceeded, EndpointUnreachable
 
-__all__ = ["Retry"]
+__all__ = ["Retry", "RetryBudget"]
 
 T = TypeVar("T")
 
@@ -20,6 +21,7 @@ _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.5
 _SILENCE_S = 5.0  # in trouble; then somebody who waits is told
 _SECONDS_BETWEEN_WARNINGS = 15.0
+_SAVED, _PER_SECOND = 500.0, 10.0  # retries
 
 
 _jitter = SystemRandom()  # never the global generator: it belongs to the user's transforms
@@ -30,14 +32,45 @@ def pause(attempt: int) -> float:
     return _jitter.uniform(0, min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(attempt, 16)))
 
 
+class RetryBudget:
+    """Retries that a process may make: one for each request that succeeded, ten a second, and 500 that it has saved.
+
+    So a store that fails is asked twice for each success at most, in the long run, and next to nothing where there are
+    none: as in Finagle's `RetryBudget`, and the token bucket of the AWS SDKs' standard mode. What it holds back
+    waits, and does not fail.
+    """
+
+    def __init__(self) -> None:
+        self._saved, self._filled = _SAVED, time.monotonic()
+
+    def earn(self) -> None:
+        """A request has succeeded."""
+        if self._saved < _SAVED:
+            self._saved += 1
+
+    def take(self) -> bool:
+        """Take one retry, and tell whether there was one."""
+        now = time.monotonic()
+        self._saved = min(_SAVED, self._saved + (now - self._filled) * _PER_SECOND)
+        self._filled = now
+        if self._saved < 1:
+            return False
+        self._saved -= 1
+        return True
+
+
+_budget = RetryBudget()
+
+
 @dataclass
 class Retry:
     """Repeats what fails transiently, at most `retries` times and within `deadline` seconds.
 
     The clock runs during attempts and pauses, not while an attempt waits for its slot: a long queue is no fault of
-    the object that stands in it. Each attempt is given the clock, and may give itself more time. An endpoint that has
-    never answered is given up after `first_contact` seconds.
-    Used from one event loop at a time.
+    the object that stands in it. Each attempt is given the clock, and may give itself more time. A pause is at least as
+    long as the store has asked for (`Retry-After`), up to a quarter of the deadline, and goes on while the
+    `RetryBudget` of the process is used up. An endpoint that has never answered is given up after `first_contact`
+    seconds. Used from one event loop at a time.
     """
 
     retries: int
@@ -73,7 +106,7 @@ class Retry:
                         result = await attempt(clock)
                     finally:
                         left = (clock.when() or now()) - now()
-                self.reached = True
+                self.succeeded()
                 return result
             except TimeoutError as error:
                 if isinstance(error, AsyncdsError) or not clock.expired():
@@ -84,19 +117,33 @@ class Retry:
             if spent >= deadline and failure.transient:
                 raise _too_late(what, deadline, tries, f", the last one: {failure}") from None
             self.reached = self.reached or not isinstance(failure, EndpointUnreachable)
-            delay = pause(tries)
-            limit = deadline if self.reached else min(deadline, self.first_contact)
-            used = deadline - left
-            if not failure.transient or tries > self.retries or used + delay > limit:
-                _log.debug("given up", exc_info=failure)
-                raise _told(failure, tries, used) from None  # a page of frames of aiohttp and botocore helps nobody
+            over = deadline - (deadline if self.reached else min(deadline, self.first_contact))  # what is left then
+            if deadline - left > _SILENCE_S and left > over:
+                self._warn(failure, left - over)
+            left = await self._paused(failure, tries, deadline, left, over)
             last = f", the last one: {failure}"
             if self.on_retry is not None:
                 self.on_retry()
-            if used > _SILENCE_S:
-                self._warn(failure, limit - used)
+
+    def succeeded(self) -> None:
+        """Count a request that did, also one that was made without this."""
+        self.reached = True
+        _budget.earn()
+
+    async def _paused(self, failure: AsyncdsError, tries: int, deadline: float, left: float, over: float) -> float:
+        """Wait until the next attempt may be made, and return what is left of the deadline then.
+
+        Raises the failure where there is to be none, because of it, or since less than `over` would be left.
+        """
+        delay = pause(tries) + min(failure.retry_after, self.deadline / 4)
+        while failure.transient and tries <= self.retries and left - delay >= over:
             await asyncio.sleep(delay)
             left -= delay
+            if _budget.take():
+                return left
+            delay = pause(tries)
+        _log.debug("given up", exc_info=failure)
+        raise _told(failure, tries, deadline - left) from None  # a page of frames of aiohttp and botocore helps nobody
 
     def _warn(self, failure: AsyncdsError, left: float) -> None:
         """Say that there is trouble: once in a while, however many objects are in it."""

@@ -123,6 +123,7 @@ class Options(TypedDict):
     deadline: NotRequired[float]
     first_contact: NotRequired[float]
     retries: NotRequired[int]
+    hedging: NotRequired[bool]
     manifest_max_age: NotRequired[float]
     env_file: NotRequired[str | Path | None]
 
@@ -187,6 +188,7 @@ class Settings(BaseSettings):
     deadline: float = Field(60.0, gt=0, le=86400, description="seconds for one object, with its retries")
     first_contact: float = Field(5.0, gt=0, le=3600, description="seconds for an endpoint to answer for the first time")
     retries: int = Field(100, ge=0, le=1000, description="further attempts for one object, within its deadline")
+    hedging: bool = Field(True, description="whether an object that takes much longer than others is asked for twice")
     manifest_max_age: float = Field(
         0.0, ge=0, le=1e9, description="seconds for which a saved listing is used instead of a new one"
     )

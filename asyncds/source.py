@@ -20,8 +20,8 @@ from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
 
+from asyncds.budget import Memory, Slots
 from asyncds.cache import Cache, largest_that_fits
-from asyncds.download import Memory, Slots
 from asyncds.entry import object_id
 from asyncds.errors import CacheError, DatasetClosed, StoreError
 from asyncds.fanout import list_store
@@ -176,6 +176,7 @@ class _Runtime:
             slots=self.slots,
             memory=self.portal.shared(Memory, Memory),
             admits=partial(Source.admits, weakref.proxy(source)) if settings.admit == "smallest" else None,
+            hedging=settings.hedging,
             on_early=source.early.add,
         )
         spare_the_collector()

@@ -29,6 +29,7 @@ COUNTERS = (
     "verified_etag_md5",  # with its ETag, which is its MD5,
     "verified_length_etag",  # or by length and ETag only
     "retries",  # attempts after a first one
+    "hedges",  # second requests for objects that took much longer than others
     "failures",  # objects that the store could not be made to give, each time they were asked for
     "replaced",  # samples that could not be had, in whose place another one was returned
     "skipped",  # samples that could not be had, and were left out

@@ -138,7 +138,7 @@ async def tune(
         raise CacheError(f"{settings.cache_dir}: {error.strerror}; name another folder by ASYNCDS_CACHE_DIR") from None
     retry = Retry(settings.retries, settings.deadline, settings.first_contact, on_retry=refusals.add)
     store = recipe.make(highest, retry)
-    async with Fetcher(store, None, concurrency=highest, retry=retry) as fetcher:
+    async with Fetcher(store, None, concurrency=highest, retry=retry, hedging=False) as fetcher:
         manifest = await _listed(store, bucket, prefix)
         order = random.Random(0).sample(range(len(manifest)), len(manifest))
         run = _Run(fetcher.get, cycle(manifest.rows(order)), refusals, objects)

@@ -15,6 +15,7 @@ import botocore.session
 import pytest
 from PIL import Image
 
+from asyncds import retry
 from asyncds.store import S3Store
 from asyncds.testing import S3Server
 
@@ -63,6 +64,12 @@ def chosen_lane(clean_environment, request, monkeypatch) -> None:
             count(self, lane, verified)
 
         monkeypatch.setattr(S3Store, "_count", count_none_of_the_lean_lane)
+
+
+@pytest.fixture(autouse=True)
+def full_retry_budget(monkeypatch) -> None:
+    """What other tests have made this process repeat does not count."""
+    monkeypatch.setattr(retry, "_budget", retry.RetryBudget())
 
 
 @pytest.fixture(autouse=True)

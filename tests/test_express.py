@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from asyncds import Cache, Fetcher, ObjectInfo, Retry
-from asyncds.download import Memory, Slots
+from asyncds.budget import Memory, Slots
 from asyncds.errors import AsyncdsError, DatasetClosed, ObjectNotFound, StoreError, TransferFailed
 from asyncds.lookup import Fetched
 from asyncds.source import _Early

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from asyncds import warm
+from asyncds.budget import Memory
 from asyncds.cache import Cache
-from asyncds.download import Memory, verify
+from asyncds.download import verify
 from asyncds.errors import (
     AccessDenied,
     ConfigurationError,

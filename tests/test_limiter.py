@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from networks import Network, Second, Simulation, goodput
 
 from asyncds import Fetcher, ObjectInfo
-from asyncds.download import Slots
+from asyncds.budget import Slots
 from asyncds.limiter import Limiter, most
 from asyncds.testing import Fault, LogNormal
 

@@ -16,7 +16,7 @@ from asyncds.errors import (
     ObjectNotFound,
     TransferFailed,
 )
-from asyncds.retry import Retry, pause
+from asyncds.retry import Retry, RetryBudget, pause
 
 
 class Attempts:
@@ -28,6 +28,7 @@ class Attempts:
         if monkeypatch is not None:
             monkeypatch.setattr(time, "monotonic", lambda: self.now)
             monkeypatch.setattr(module.asyncio, "sleep", self.sleep)
+            monkeypatch.setattr(module, "_budget", RetryBudget())
 
     async def __call__(self, clock=None):
         self.calls += 1
@@ -224,3 +225,53 @@ def test_jitter_leaves_the_global_generator_alone():
     state = random.getstate()
     pause(3)
     assert random.getstate() == state
+
+
+async def test_store_that_says_when_to_ask_again_is_not_asked_before(monkeypatch):
+    error = TransferFailed("it: 503")
+    error.retry_after = 7.0
+    attempts = Attempts(error, monkeypatch=monkeypatch)
+    assert await Retry(retries=9, deadline=60, first_contact=5)(attempts, "it") == "done"
+    assert 7.0 <= attempts.pauses[0] <= 7.1
+
+
+async def test_store_that_asks_for_an_hour_is_asked_again_after_a_quarter_of_the_deadline(monkeypatch):
+    error = TransferFailed("it: 503")
+    error.retry_after = 3600.0
+    attempts = Attempts(error, monkeypatch=monkeypatch)
+    assert await Retry(retries=9, deadline=60, first_contact=5)(attempts, "it") == "done"
+    assert 15.0 <= attempts.pauses[0] <= 15.1
+
+
+async def test_process_that_has_used_up_its_retries_waits_for_ten_a_second(monkeypatch, one_second_pauses):
+    attempts = Attempts(*failed(1), monkeypatch=monkeypatch)
+    budget = module._budget
+    while budget.take():
+        pass
+    budget._filled = attempts.now + 2.5  # so that a whole one is there after three pauses
+    assert await Retry(retries=9, deadline=60, first_contact=5)(attempts, "it") == "done"
+    assert attempts.calls == 2
+    assert len(attempts.pauses) == 3
+
+
+async def test_retry_that_the_budget_holds_back_for_too_long_ends_with_the_failure(monkeypatch, one_second_pauses):
+    attempts = Attempts(*failed(1), monkeypatch=monkeypatch)
+    while module._budget.take():
+        pass
+    module._budget._filled = attempts.now + 1000
+    with pytest.raises(TransferFailed, match=r"after 1 attempts|503 SlowDown \(1\)"):
+        await Retry(retries=9, deadline=4, first_contact=4)(attempts, "it")
+    assert attempts.calls == 1
+    assert len(attempts.pauses) == 4
+
+
+async def test_storm_is_not_amplified_beyond_one_retry_for_each_success(monkeypatch):
+    attempts = Attempts(monkeypatch=monkeypatch)
+    budget = module._budget
+    assert sum(budget.take() for _ in range(2000)) == 500
+    retry = Retry(retries=9, deadline=60, first_contact=5)
+    for _ in range(300):
+        assert await retry(attempts, "it") == "done"
+    assert sum(budget.take() for _ in range(2000)) == 300
+    attempts.now += 3.0
+    assert sum(budget.take() for _ in range(2000)) == 30

@@ -11,7 +11,7 @@ import pytest
 import trustme
 import uvloop
 
-from asyncds.store.wire import Answer, BrokenConnection, Pool
+from asyncds.store.wire import Answer, BrokenConnection, Pace, Pool
 
 LOOPS = pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
 LARGE = bytes(range(256)) * 12_000  # 3 MB, which fit into no socket's buffers
@@ -228,3 +228,29 @@ class Unwritable:
 
     def write(self, data):
         raise OSError("no buffer space")
+
+
+# what goes on, and what only drips
+
+
+def test_answer_of_which_nothing_comes_is_at_fault_after_the_timeout():
+    pace = Pace(10.0)
+    pace.begin(100.0)
+    assert pace.fault(110.0) is None
+    assert pace.fault(110.1) == "no byte came for 10 s"
+
+
+def test_drip_is_at_fault_although_bytes_come():
+    pace = Pace(10.0)
+    pace.begin(100.0)
+    for second in range(11):
+        pace.came(5, 100.0 + second)
+    assert pace.fault(110.1) == "fewer than 1,000 bytes came for 10 s"
+
+
+def test_slow_answer_goes_on_as_long_as_a_hundred_bytes_a_second_come():
+    pace = Pace(10.0)
+    pace.begin(100.0)
+    for second in range(1, 60):
+        pace.came(101, 100.0 + second)
+        assert pace.fault(100.0 + second) is None

@@ -6,9 +6,23 @@ from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
 from asyncds.errors import StoreError
 from asyncds.manifest import ObjectInfo
 
-__all__ = ["First", "NoParts", "ObjectStore", "Outcome", "Page", "Pages", "Reserve", "failed", "no_bound", "stands_for"]
+__all__ = [
+    "Drop",
+    "First",
+    "NoParts",
+    "ObjectStore",
+    "Outcome",
+    "Page",
+    "Pages",
+    "Reserve",
+    "failed",
+    "no_bound",
+    "stands_for",
+]
 
 Reserve = Callable[[int], None]
+Drop = Callable[[], None]
+"""Ends a request early: who is to be told of it is told so at once. Does nothing to one that is over."""
 First = Callable[[], Awaitable[tuple[ObjectInfo, bytes]]]
 """The attempt to read an object that goes before all others."""
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from asyncds.manifest import ObjectInfo
-from asyncds.store.base import Reserve
+from asyncds.store.base import Drop, Reserve
 from asyncds.store.integrity import matches_checksum
 from asyncds.store.wire import Answer, BrokenConnection, Done, Pool, length_of
 
@@ -224,9 +224,10 @@ class LeanLane:
         request, pool = template.request(info.key, info.etag, credentials, self._now(), part), self._pool(template)
         if part is None:
             return self.judged(info.bucket, await pool.get(request, info.size, reserve, fresh=fresh))
-        return self.judged(info.bucket, await pool.get(request, part.stop - part.start, reserve, 206), part)
+        answer = await pool.get(request, part.stop - part.start, reserve, 206, fresh=fresh)
+        return self.judged(info.bucket, answer, part)
 
-    def ask(self, info: ObjectInfo, credentials: Credentials | None, done: Done, until: float) -> bool:
+    def ask(self, info: ObjectInfo, credentials: Credentials | None, done: Done, until: float) -> Drop | None:
         """As `get`, for a whole object of known size, at once or not at all; see `Pool.ask`. `done` has it judged."""
         assert info.size is not None
         template = self._template(info.bucket)

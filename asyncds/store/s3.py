@@ -27,13 +27,13 @@ from asyncds.errors import (
 )
 from asyncds.manifest import ObjectInfo, normalise_etag
 from asyncds.retry import Retry
-from asyncds.store.base import NoParts, Outcome, Page, Reserve, failed, no_bound
+from asyncds.store.base import Drop, NoParts, Outcome, Page, Reserve, failed, no_bound
 from asyncds.store.connection import Connection
 from asyncds.store.integrity import HowVerified, can_verify, compare_md5
 from asyncds.store.lean import Credentials, LeanLane, Why
 from asyncds.store.pages import read_pages_first
 from asyncds.store.translate import status_error, translate
-from asyncds.store.wire import Answer, Body, BrokenConnection
+from asyncds.store.wire import Answer, Body, BrokenConnection, Pace
 
 __all__ = ["S3Store"]
 
@@ -159,27 +159,37 @@ class S3Store:
         self, info: ObjectInfo, reserve: Reserve = no_bound, part: slice | None = None
     ) -> tuple[ObjectInfo, bytes]:
         """Make one attempt to read the object; see `ObjectStore.get`."""
+        return await self._get(info, reserve, part, fresh=False)
+
+    async def again(
+        self, info: ObjectInfo, reserve: Reserve = no_bound, part: slice | None = None
+    ) -> tuple[ObjectInfo, bytes]:
+        """As `get`, where another attempt has failed or is late: on the lean lane over a new connection."""
+        return await self._get(info, reserve, part, fresh=True)
+
+    async def _get(
+        self, info: ObjectInfo, reserve: Reserve, part: slice | None, *, fresh: bool
+    ) -> tuple[ObjectInfo, bytes]:
         await self._opened(info.uri)
         if self._lane is not None:
             await self._turn_to_learn(info.bucket)
         if self._lane is not None and self._lane.knows(info.bucket):
-            answer = await self._lean(self._lane, info, reserve, part)
+            answer = await self._lean(self._lane, info, reserve, part, fresh=fresh)
             return answer or await self._full(info, reserve, part, "answer")
         return await self._full(info, reserve, part, self._why_full(info.bucket))
 
-    def ask(self, info: ObjectInfo, outcome: Outcome, until: float) -> bool:
+    def ask(self, info: ObjectInfo, outcome: Outcome, until: float) -> Drop | None:
         """Make one attempt to read an object of known size without a task, if that can be done at once.
 
-        Tells whether it can: where the lean lane knows the bucket and has an idle connection. Then `outcome` is told,
-        once. `until` is when the attempt ends, by the loop's clock.
+        It can where the lean lane knows the bucket and has an idle connection: then `outcome` is told, once, and what
+        ends the request early is returned. `until` is when the attempt ends, by the loop's clock.
         """
         lane, credentials = self._lane, self._fresh
         if lane is None or credentials is None or self._loop is not asyncio.get_running_loop():
-            return False
-        if not self._keep_fresh():
-            return False
-        done = partial(self._answered, lane, info, outcome)
-        return lane.knows(info.bucket) and lane.ask(info, credentials[0], done, until)
+            return None
+        if not self._keep_fresh() or not lane.knows(info.bucket):
+            return None
+        return lane.ask(info, credentials[0], partial(self._answered, lane, info, outcome), until)
 
     async def head(self, bucket: str, key: str) -> ObjectInfo:
         """Return size and ETag of an object. Raises `ObjectNotFound`, also where the bucket is missing."""
@@ -216,7 +226,7 @@ class S3Store:
             _log.exception("a GET could not be counted")
 
     async def _lean(
-        self, lane: LeanLane, info: ObjectInfo, reserve: Reserve, part: slice | None, *, fresh: bool = False
+        self, lane: LeanLane, info: ObjectInfo, reserve: Reserve, part: slice | None, *, fresh: bool
     ) -> tuple[ObjectInfo, bytes] | None:
         """One GET on the lean lane, or None where the full lane has to look at what is the matter."""
         try:
@@ -229,7 +239,7 @@ class S3Store:
         except Exception as error:
             raise self._explained(error, info.uri) from error
         if answer.status == 429 or answer.status >= 500:
-            raise status_error(answer.status, "", info.uri)
+            raise _refusal(answer, info)
         return None
 
     def _served(self, info: ObjectInfo, answer: Answer, part: slice | None = None) -> ObjectInfo:
@@ -246,11 +256,6 @@ class S3Store:
         self._count("lean", verified)
         return ObjectInfo(info.bucket, info.key, size, etag)
 
-    async def _again(self, lane: LeanLane, info: ObjectInfo) -> tuple[ObjectInfo, bytes]:
-        """The same attempt, on a connection that nobody has used."""
-        answer = await self._lean(lane, info, no_bound, None, fresh=True)
-        return answer or await self._full(info, no_bound, None, "answer")
-
     def _answered(self, lane: LeanLane, info: ObjectInfo, outcome: Outcome, answer: Answer | BaseException) -> None:
         served: ObjectInfo | None = None
         if not isinstance(answer, BaseException):
@@ -260,7 +265,7 @@ class S3Store:
             except Exception as error:
                 answer = error
         if isinstance(answer, BrokenConnection) and answer.untouched:
-            outcome.otherwise(partial(self._again, lane, info))  # it was closed while it was idle
+            outcome.otherwise(partial(self.again, info))  # it was closed while it was idle
         elif isinstance(answer, Exception):
             outcome.otherwise(failed(self._explained(answer, info.uri)))
         elif isinstance(answer, BaseException):
@@ -268,7 +273,7 @@ class S3Store:
         elif served is not None:
             outcome.came(served, answer.body)
         elif answer.status == 429 or answer.status >= 500:
-            outcome.otherwise(failed(status_error(answer.status, "", info.uri)))
+            outcome.otherwise(failed(_refusal(answer, info)))
         else:
             outcome.otherwise(partial(self._full, info, no_bound, None, "answer"))
 
@@ -280,7 +285,8 @@ class S3Store:
             arguments["Range"] = f"bytes={part.start}-{part.stop - 1}"
         reset = _now_fetching.set(info)
         try:
-            answer = await self._client.get_object(**arguments)
+            async with asyncio.timeout(2 * self._timeout):  # to connect, and to answer: a head may drip, too
+                answer = await self._client.get_object(**arguments)
             stream = answer["Body"]
             async with stream:  # from here on, whatever it is: else its connection is held until it is collected
                 served = normalise_etag(answer.get("ETag"))
@@ -315,9 +321,13 @@ class S3Store:
             raise TransferFailed(f"{info.uri}: {announced} bytes are announced, {size} were listed")
         if info.size is None:
             reserve(int(size))
-        body = Body(int(size))
+        body, pace, now = Body(int(size)), Pace(self._timeout), asyncio.get_running_loop().time
+        pace.begin(now())
         while body.missing >= 0 and (chunk := await stream.read(min(body.missing + 1, _CHUNK))):
             body.append(chunk)
+            pace.came(len(chunk), now())
+            if body.missing > 0 and (fault := pace.fault(now())):
+                raise BrokenConnection(fault)
         if body.missing != 0:
             raise TransferFailed(f"{info.uri}: {int(size) - body.missing} bytes arrived, {size} were expected")
         return body.whole()
@@ -456,6 +466,11 @@ def _same_version(info: ObjectInfo, etag: str | None) -> None:
         raise TransferFailed(f"{info.uri}: the answer has no ETag: it does not come from S3")
     if info.etag is not None and etag != info.etag:
         raise ObjectChanged(f"{info.uri}: its ETag is {etag}, not {info.etag}")
+
+
+def _refusal(answer: Answer, info: ObjectInfo) -> AsyncdsError:
+    after = answer.headers.get(b"retry-after", b"").decode("latin-1")
+    return status_error(answer.status, "", info.uri, retry_after=after)
 
 
 def _whole_size(content_range: str, part: slice, info: ObjectInfo) -> int:

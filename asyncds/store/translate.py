@@ -1,7 +1,9 @@
 """Errors of botocore and aiohttp as errors of asyncds: the one place where they meet."""
 
 import asyncio
+import email.utils
 import ssl
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -81,13 +83,21 @@ def _unreachable(message: str, hint: str) -> AsyncdsError:
 
 def _of_response(response: Any, what: str, hint: str, where: str) -> AsyncdsError:
     error, status = response.get("Error", {}), response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return status_error(status, str(error.get("Code", status)), what, str(error.get("Message", "")), hint, where)
+    code, message = str(error.get("Code", status)), str(error.get("Message", ""))
+    after = str(response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after", ""))
+    return status_error(status, code, what, message, hint, where, after)
 
 
 def status_error(
-    status: int, code: str, what: str, message: str = "", hint: str = "", where: str = "this endpoint"
+    status: int,
+    code: str,
+    what: str,
+    message: str = "",
+    hint: str = "",
+    where: str = "this endpoint",
+    retry_after: str = "",
 ) -> AsyncdsError:
-    """Return the error that an HTTP status and S3's error code stand for."""
+    """Return the error that an HTTP status and S3's error code stand for; `retry_after` is the header of that name."""
     said = f"{what}: {status} {code}" if code not in ("", str(status)) else f"{what}: status {status}"
     if code == "NoSuchBucket":
         return BucketNotFound(f"{what}: the bucket does not exist at {where}; check its name and the endpoint")
@@ -96,13 +106,25 @@ def status_error(
     if code == "NoSuchKey" or status == 404:
         return ObjectNotFound(f"{what}: the object does not exist")
     if status in (408, 429) or status >= 500 or code in ("RequestTimeout", "SlowDown", "InternalError"):
-        return TransferFailed(said).because("lower ASYNCDS_CONCURRENCY, or try again later")
+        failed = TransferFailed(said).because("lower ASYNCDS_CONCURRENCY, or try again later")
+        failed.retry_after = _seconds(retry_after)
+        return failed
     if code in _DENIED or status in (401, 403):
         detail = f" ({message.rstrip('.')})" if message else ""
         return AccessDenied(f"{said}{detail} from {where}; {hint or 'check the credentials'} and the bucket's policy")
     if code == "InvalidBucketName":
         return ConfigurationError(f"{what}: this cannot be a bucket's name: it has 3 to 63 characters")
     return StoreError(f"{said}{f' ({message})' if message else ''}")
+
+
+def _seconds(retry_after: str) -> float:
+    """A number of seconds, or those until a date (RFC 9110, 10.2.3); 0 for what is neither, or over."""
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after[:9])
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 def _host(error: Exception) -> str:

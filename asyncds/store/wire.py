@@ -20,9 +20,9 @@ from typing import Any, NamedTuple, cast
 
 from aiohappyeyeballs import AddrInfoType, start_connection
 
-from asyncds.store.base import Reserve, no_bound
+from asyncds.store.base import Drop, Reserve, no_bound
 
-__all__ = ["Answer", "Body", "BrokenConnection", "NoConnection", "Pool", "length_of"]
+__all__ = ["Answer", "Body", "BrokenConnection", "NoConnection", "Pace", "Pool", "length_of"]
 
 _log = logging.getLogger(__name__)
 _LONGEST_HEAD = 64 << 10
@@ -30,6 +30,7 @@ _FIRST_PIECE = 8 << 10
 _BUFFER = 256 << 10
 _IDLE_S = 10.0
 _RESOLVED_S, _OUTDATED_S = 10.0, 60.0
+_SLOWEST = 100.0  # bytes per second: what comes more slowly only drips
 _PATIENCE_S = 0.25  # with one address, before another is tried beside it (RFC 8305, 8)
 _TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"  # what a name may consist of (RFC 9110, 5.6.2)
 _REPEATABLE = {b"vary", b"set-cookie", b"via", b"warning", b"link", b"server", b"cache-control"}
@@ -82,6 +83,32 @@ class Body:
         return self._file.getvalue()
 
 
+class Pace:
+    """Whether an answer goes on: within `timeout` seconds come 100 bytes for each of them, or the rest, or its head."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.least = math.ceil(_SLOWEST * timeout)
+        self.begin(0.0)
+
+    def begin(self, now: float) -> None:
+        """Something has been asked for, or a whole part of the answer has come."""
+        self.since, self._came = now, 0
+
+    def came(self, size: int, now: float) -> None:
+        """So many bytes have come."""
+        self._came += size
+        if self._came >= self.least:
+            self.begin(now)
+
+    def fault(self, now: float) -> str | None:
+        """What is the matter, if it does not go on."""
+        if now - self.since <= self.timeout:
+            return None
+        few = f"fewer than {self.least:,} bytes" if self._came else "no byte"
+        return f"{few} came for {self.timeout:g} s"
+
+
 class _Connection(asyncio.BufferedProtocol):
     """One connection of a pool: idle, or busy with one request of which it will tell `done`.
 
@@ -91,7 +118,7 @@ class _Connection(asyncio.BufferedProtocol):
     def __init__(self, pool: "Pool", buffer: memoryview) -> None:
         self.done: Done | None = None
         self._pool = pool
-        self.progress = 0.0
+        self.pace = Pace(pool.timeout)
         self.until = math.inf  # when the answer must be there
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
@@ -115,7 +142,7 @@ class _Connection(asyncio.BufferedProtocol):
         """
         assert self._transport is not None
         self._start, self._head, self._size, self._reserve, self._status = b"", None, size, reserve, status
-        self.progress = self._loop.time()
+        self.pace.begin(self._loop.time())
         self._transport.write(request)
         self.done = done  # last: whoever asks in vain is told once, by what that raises
 
@@ -123,10 +150,16 @@ class _Connection(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def drop(self, done: Done) -> None:
+        """End the request of which this would be told, if it is still under way."""
+        if self.done is done:
+            self._fail(BrokenConnection("nobody waits for it any more"))
+
     def end(self, outcome: Answer | BaseException) -> None:
         """Tell what has become of the request, and let the connection be used for others, if it is open."""
         done, self.done = self.done, None
         self._body, self._head = Body(0), None  # an idle connection does not keep what it brought
+        self.pace.begin(self._loop.time())
         self._pool.take_back(self)
         if done is not None:
             try:
@@ -144,7 +177,7 @@ class _Connection(asyncio.BufferedProtocol):
         return self._buffer[:_FIRST_PIECE] if self._size is None and self._head is None else self._buffer
 
     def buffer_updated(self, count: int) -> None:
-        self.progress = self._loop.time()
+        self.pace.came(count, self._loop.time())
         self._is_full = count == len(self.get_buffer(count))
         data = self._buffer[:count]
         if self.done is None:
@@ -182,6 +215,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._deliver(head, data[end + 4 :])
         else:
             self._head, self._start = head, b""
+            self.pace.begin(self._loop.time())
             try:
                 if self._size is None:
                     self._reserve(length)
@@ -309,7 +343,7 @@ class Pool:
     def __init__(self, host: str, port: int, *, timeout: float, tls: ssl.SSLContext | None) -> None:
         self._host = host
         self._port = port
-        self._timeout = timeout
+        self.timeout = timeout
         self._tls = tls
         self._addresses = _Addresses(host, port)
         self._buffer = memoryview(bytearray(_BUFFER))
@@ -325,7 +359,8 @@ class Pool:
 
         If `size` is not known, `reserve` is called with it before a body is read, and what it raises is raised.
 
-        Raises `NoConnection` or `BrokenConnection`; what stands still for `timeout` seconds is broken. A connection
+        Raises `NoConnection` or `BrokenConnection`; what does not go on for `timeout` seconds (`Pace`) is
+        broken. A connection
         that was kept alive and turns out to be closed is replaced once; a `fresh` request goes over a new one.
         Cancelling closes the connection. Raises `NoConnection` once the pool is closed.
         """
@@ -338,18 +373,18 @@ class Pool:
                     raise
         return await self._asked(await self._opened(), request, size, reserve, status)
 
-    def ask(self, request: bytes, size: int, done: Done, until: float) -> bool:
-        """Send a request on a connection that is open and idle, if there is one; tell whether there was.
+    def ask(self, request: bytes, size: int, done: Done, until: float) -> Drop | None:
+        """Send a request on a connection that is open and idle, if there is one; return what ends it early.
 
         `done` is called with what `get` returns or raises; there is no second try. What is not there at `until`, by the
         clock of the loop, is broken.
         """
         connection = self._kept()
         if connection is None:
-            return False
+            return None
         connection.until = until
         self._send(connection, request, size, no_bound, 200, done)
-        return True
+        return partial(connection.drop, done)
 
     def _send(
         self, connection: _Connection, request: bytes, size: int | None, reserve: Reserve, status: int, done: Done
@@ -390,7 +425,7 @@ class Pool:
         if self._closed:
             raise NoConnection(f"{self._host}:{self._port}") from ConnectionError("the pool is closed")
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self.timeout):
                 wire = await self._reached()
                 try:
                     _, connection = await loop.create_connection(
@@ -422,19 +457,19 @@ class Pool:
     def _watch_over(self) -> None:
         """Look after all connections from time to time, rather than set a timer for each request."""
         if self._watch is None:
-            self._watch = asyncio.get_running_loop().call_later(min(1.0, self._timeout / 4), self._look)
+            self._watch = asyncio.get_running_loop().call_later(min(1.0, self.timeout / 4), self._look)
 
     def _look(self) -> None:
         now = asyncio.get_running_loop().time()
         self._watch = None
         for connection in list(self._busy):
-            late = f"no byte came for {self._timeout:g} s" if now - connection.progress > self._timeout else None
+            late = connection.pace.fault(now)
             if late is None and now > connection.until:
                 late = "it took too long"
             if late is not None:
                 connection.abort()
                 connection.end(BrokenConnection(late))
-        while self._idle and now - self._idle[0].progress > _IDLE_S:
+        while self._idle and now - self._idle[0].pace.since > _IDLE_S:
             self._idle.popleft().abort()
         if self._busy or self._idle:
             self._watch_over()
