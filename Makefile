@@ -58,6 +58,8 @@ bench: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/manifest.py
 	$(BIN)/python tests/benchmarks/limiter.py
 	$(BIN)/python tests/benchmarks/tail.py
+	$(BIN)/python tests/benchmarks/warm.py
+	$(BIN)/python tests/benchmarks/start.py
 	$(MAKE) bench-peers
 
 # A library whose environment cannot be made is a row of the tables that says so.

@@ -3,17 +3,19 @@
 import asyncio
 import random
 import resource
+import shutil
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, closing, contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from asyncds.budget import Memory
 from asyncds.cache import Cache
 from asyncds.entry import NewEntry
-from asyncds.errors import CacheError, DeadlineExceeded, EmptyDataset
+from asyncds.errors import AsyncdsError, CacheError, DeadlineExceeded, EmptyDataset
 from asyncds.fetcher import Fetcher
 from asyncds.large import StoredBody
 from asyncds.limiter import most
@@ -26,9 +28,10 @@ from asyncds.store import ObjectStore
 
 __all__ = ["Limit", "Step", "Tuning", "binding", "knee", "tune"]
 
-Limit = Literal["store", "cache", "cpu", "network", "concurrency"]
+Limit = Literal["store", "cache", "cpu", "memory", "network", "concurrency"]
 """What holds the rate where it is: the store, which refuses more; writing to the cache; the CPU of one process; the
-network, or the store without saying so; or how many requests were in flight, of which more would have brought more.
+bytes that asyncds lets be between socket and disk; the network, or the store without saying so; or how many requests
+were in flight, of which more would have brought more.
 """
 
 _LISTED = 10_000
@@ -39,6 +42,11 @@ _VAIN = 2  # doublings that may bring less, before no more are tried
 _SATURATED = 0.85  # of a core, which is all that the event loop of a process can use
 _REFUSED = 0.01  # of the requests
 _KEPT, _KEPT_BYTES = 2_000, 64 << 20
+_LISTING = 0.3  # of the time that there is; what has come by then is enough
+_COLD, _COLD_S = 0.2, 3.0  # share of objects and of seconds, and seconds at most, that are for fetching and writing
+_HELD_BACK = 0.85  # of what comes without a cache
+_HOPELESS = 10  # objects that cannot be had, before any could
+_PREFIX, _LITTER_S = "asyncds-tune-", 3600.0
 _GRACE_S = 5.0  # for what is in flight when a step ends, and for connections before it begins
 _WRITTEN = 64  # at a time
 
@@ -67,12 +75,14 @@ class Step(NamedTuple):
 
 class Tuning(NamedTuple):
     """What was measured. `objects` are those listed, of a mean size of so many bytes; there are more if not
-    `complete`. `written` is how many of them a second the cache takes. `cut` says that the budget ended it."""
+    `complete`. `cold` is what came with the best number in flight and was written to a cache at the same time, and
+    `written` how many objects a second the cache takes alone. `cut` says that the budget ended it."""
 
     objects: int
     complete: bool
     mean_size: float
     steps: tuple[Step, ...]
+    cold: Step
     written: float
     cut: bool
 
@@ -82,12 +92,12 @@ class Tuning(NamedTuple):
 
     @property
     def limit(self) -> Limit:
-        return binding(self.steps, self.written)
+        return binding(self.steps, self.cold, self.written)
 
     @property
     def rate(self) -> float:
         """Objects per second of a cold epoch, which fetches and writes at the same time."""
-        return min(self.best.rate, self.written) if self.written else self.best.rate
+        return self.cold.rate or self.best.rate
 
     @property
     def epoch_s(self) -> float:
@@ -101,15 +111,19 @@ def knee(steps: Sequence[Step]) -> Step:
     return next(step for step in steps if step.rate * _PAYS >= highest)
 
 
-def binding(steps: Sequence[Step], written: float) -> Limit:
-    """Name the limit of the best step."""
+def binding(steps: Sequence[Step], cold: Step, written: float) -> Limit:
+    """Name the limit of a cold epoch with the best number in flight."""
     best = knee(steps)
     if any(step.refused > _REFUSED * step.objects for step in steps):
         return "store"
     if 0 < written < best.rate:
         return "cache"
-    if best.cpu > _SATURATED * best.seconds:
+    if best.cpu > _SATURATED * best.seconds or cold.cpu > _SATURATED * cold.seconds:
         return "cpu"
+    if 0 < cold.rate < _HELD_BACK * best.rate:
+        return "cache"
+    if best.concurrency * best.bytes > Memory().size * best.objects:
+        return "memory"
     return "concurrency" if best is steps[-1] else "network"
 
 
@@ -126,25 +140,28 @@ async def tune(
     """Measure, within so many objects and seconds; `tell` is told of each step.
 
     Lists up to 10,000 keys, and gets them in random order with 1, 2, 4 … requests in flight, until twice as many no
-    longer pay, the store refuses, or the budget is spent. Then writes some of what came to a cache of its own beside
-    the one in use, and deletes it. Writes nothing to the bucket. A step takes a few seconds more where answers stall.
+    longer pay, the store refuses, or the budget is spent. Then fetches with the best number once more, into a cache of
+    its own beside the one in use, and writes some of what came to another one; deletes both. Writes nothing to the
+    bucket. A step takes a few seconds more where answers stall. Objects that cannot be had are left out.
     Raises what a fetcher raises, `EmptyDataset`, `CacheError`, and `DeadlineExceeded` where nothing came at all.
     """
     settings, refusals, started = recipe.settings, _Refusals(), time.monotonic()
     highest = min(highest, most())
     try:
         settings.cache_dir.mkdir(parents=True, exist_ok=True)
+        _tidy(settings.cache_dir)
     except OSError as error:
         raise CacheError(f"{settings.cache_dir}: {error.strerror}; name another folder by ASYNCDS_CACHE_DIR") from None
     retry = Retry(settings.retries, settings.deadline, settings.first_contact, on_retry=refusals.add)
     store = recipe.make(highest, retry)
     async with Fetcher(store, None, concurrency=highest, retry=retry, hedging=False) as fetcher:
-        manifest = await _listed(store, bucket, prefix)
-        order = random.Random(0).sample(range(len(manifest)), len(manifest))
-        run = _Run(fetcher.get, cycle(manifest.rows(order)), refusals, objects)
+        manifest, complete = await _listed(store, bucket, prefix, seconds * _LISTING)
+        wanted = manifest.rows(random.Random(0).sample(range(len(manifest)), len(manifest)))
+        kept_back = min(len(manifest), int(objects * _COLD))
+        run = _Run(fetcher.get, cycle(wanted), refusals, objects - kept_back)
         steps, highest = list[Step](), min(highest, max(1, len(manifest) // 2))  # or one would be asked for twice
         while _pays(steps) and (concurrency := _next(steps, highest)):
-            left = seconds - (time.monotonic() - started)
+            left = seconds * (1 - _COLD) - (time.monotonic() - started)
             length = min(_LONGEST_S, max(_SHORTEST_S, _ROUND_TRIPS * steps[0].time_of_one)) if steps else _SHORTEST_S
             if steps and (left < length or run.left < 2 * concurrency):
                 break  # half a step would say less than none
@@ -153,15 +170,19 @@ async def tune(
                 break
             steps.append(step)
             tell(step)
-    if not steps:
-        raise DeadlineExceeded(f"s3://{bucket}/{prefix}: no object came within {seconds:g} s; raise --seconds")
-    cut = _pays(steps) and steps[-1].concurrency < highest
-    try:
-        written = await asyncio.to_thread(_written, settings.cache_dir, run.bodies)
-    except OSError as error:
-        raise CacheError(f"{settings.cache_dir}: {error}; name another folder by ASYNCDS_CACHE_DIR") from None
+        if not steps:
+            raise DeadlineExceeded(f"s3://{bucket}/{prefix}: no object came within {seconds:g} s; raise --seconds")
+        cut = _pays(steps) and steps[-1].concurrency < highest
+        try:
+            best = knee(steps).concurrency
+            with _cache_in(settings.cache_dir) as cache:
+                writing = Fetcher(store, cache, concurrency=best, retry=retry, hedging=False)
+                cold = await _cold(writing, best, wanted[:kept_back], min(_COLD_S, seconds * _COLD))
+            written = await asyncio.to_thread(_written, settings.cache_dir, run.bodies)
+        except OSError as error:
+            raise CacheError(f"{settings.cache_dir}: {error}; name another folder by ASYNCDS_CACHE_DIR") from None
     mean = float(manifest.sizes.clip(0).mean())
-    return Tuning(len(manifest), len(manifest) < _LISTED, mean, tuple(steps), written, cut)
+    return Tuning(len(manifest), complete, mean, tuple(steps), cold, written, cut)
 
 
 def _pays(steps: Sequence[Step]) -> bool:
@@ -177,12 +198,40 @@ def _next(steps: Sequence[Step], highest: int) -> int | None:
     return concurrency if not steps or concurrency > steps[-1].concurrency else None
 
 
-async def _listed(store: ObjectStore, bucket: str, prefix: str) -> Manifest:
-    pages = store.list(bucket, prefix)
-    manifest = await list_prefix(pages, endpoint=store.endpoint, bucket=bucket, prefix=prefix, limit=_LISTED)
+async def _listed(store: ObjectStore, bucket: str, prefix: str, seconds: float) -> tuple[Manifest, bool]:
+    """The first keys, as many as come within so many seconds, and whether that is all."""
+    until, complete = time.monotonic() + seconds, True
+
+    async def pages() -> AsyncGenerator[Sequence[ObjectInfo], None]:
+        nonlocal complete
+        async with aclosing(store.list(bucket, prefix)) as listing:
+            async for page in listing:
+                complete = True
+                yield page
+                complete = False  # as far as anybody knows
+                if time.monotonic() > until:
+                    return
+            complete = True
+
+    manifest = await list_prefix(pages(), endpoint=store.endpoint, bucket=bucket, prefix=prefix, limit=_LISTED)
     if not len(manifest):
         raise EmptyDataset(f"s3://{bucket}/{prefix}: there is nothing to measure under this prefix")
-    return manifest
+    return manifest, complete and len(manifest) < _LISTED
+
+
+async def _cold(fetcher: Fetcher, concurrency: int, wanted: Sequence[ObjectInfo], seconds: float) -> Step:
+    """Fetch and write these objects, or as many as come in so many seconds; one counts when the cache has it."""
+    objects = size = 0
+    last = started = time.monotonic()
+    cpu = _cpu()
+    async with fetcher, aclosing(fetcher.outcomes(wanted)) as outcomes:
+        async for _, result in outcomes:
+            if not isinstance(result, AsyncdsError):
+                objects, size, last = objects + 1, size + len(result.body), time.monotonic()
+            if time.monotonic() - started > seconds:
+                break
+        cpu = _cpu() - cpu
+    return Step(concurrency, objects, size, max(last - started, 1e-6), cpu, 0)
 
 
 class _Refusals:
@@ -210,6 +259,7 @@ class _Run:
     ) -> None:
         self.left = left
         self.bodies: list[bytes] = []
+        self._failed = 0
         self._get = get
         self._wanted = wanted
         self._refusals = refusals
@@ -243,8 +293,14 @@ class _Run:
     async def _keep_asking(self) -> None:
         while self.left > 0 and time.monotonic() < self._until:
             self.left -= 1
-            fetched = await self._get(next(self._wanted))
-            self._count(fetched.body)
+            try:
+                fetched = await self._get(next(self._wanted))
+            except AsyncdsError:
+                self._failed += 1
+                if not self.bodies and self._failed >= _HOPELESS:
+                    raise
+            else:
+                self._count(fetched.body)
 
     def _count(self, body: bytes | StoredBody) -> None:
         now = time.monotonic()
@@ -268,12 +324,26 @@ def _cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _written(directory: Path, bodies: Sequence[bytes]) -> float:
-    """Objects per second that a cache in this directory takes; it is gone afterwards."""
+@contextmanager
+def _cache_in(directory: Path) -> Iterator[Cache]:
+    """A cache of its own, in a folder that is gone afterwards."""
     with (
-        tempfile.TemporaryDirectory(prefix="tune-", dir=directory) as place,
+        tempfile.TemporaryDirectory(prefix=_PREFIX, dir=directory) as place,
         closing(Cache(place, sweeping=False)) as cache,
     ):
+        yield cache
+
+
+def _tidy(directory: Path) -> None:
+    """Remove what was left behind by who was killed."""
+    for place in directory.glob(f"{_PREFIX}*"):
+        if not place.is_symlink() and time.time() - place.stat().st_mtime > _LITTER_S:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _written(directory: Path, bodies: Sequence[bytes]) -> float:
+    """Objects per second that a cache in this directory takes."""
+    with _cache_in(directory) as cache:
         entries = [NewEntry(number.to_bytes(16, "big"), "0", body) for number, body in enumerate(bodies)]
         started = time.monotonic()
         stored = sum(cache.put_many(entries[start : start + _WRITTEN]) for start in range(0, len(entries), _WRITTEN))

@@ -27,20 +27,27 @@ def step(concurrency, rate, *, cpu=0.1, refused=0):
 GROWS = [step(1, 100), step(2, 200), step(4, 400), step(8, 800)]
 
 
+FLAT = [*GROWS, step(16, 820), step(32, 810)]
+LARGE = [one._replace(bytes=5_000_000 * one.objects) for one in FLAT]
+
+
 @pytest.mark.parametrize(
-    ("steps", "written", "concurrency", "limit"),
+    ("steps", "cold", "written", "concurrency", "limit"),
     [
-        (GROWS, 10_000, 8, "concurrency"),
-        ([*GROWS, step(16, 820), step(32, 810)], 10_000, 8, "network"),
-        ([*GROWS[:3], step(8, 800, cpu=0.95), step(16, 830, cpu=0.99)], 10_000, 8, "cpu"),
-        ([*GROWS, step(16, 820), step(32, 810)], 700, 8, "cache"),
-        ([*GROWS, step(16, 700, refused=100)], 10_000, 8, "store"),
-        ([step(1, 0)], 10_000, 1, "concurrency"),
+        (GROWS, step(8, 790), 10_000, 8, "concurrency"),
+        (FLAT, step(8, 790), 10_000, 8, "network"),
+        ([*GROWS[:3], step(8, 800, cpu=0.95), step(16, 830, cpu=0.99)], step(8, 790), 10_000, 8, "cpu"),
+        (FLAT, step(8, 400, cpu=0.95), 10_000, 8, "cpu"),
+        (FLAT, step(8, 600), 700, 8, "cache"),
+        (FLAT, step(8, 600), 10_000, 8, "cache"),
+        (LARGE, step(8, 790), 10_000, 8, "memory"),
+        ([*GROWS, step(16, 700, refused=100)], step(8, 790), 10_000, 8, "store"),
+        ([step(1, 0)], step(1, 0), 10_000, 1, "concurrency"),
     ],
 )
-def test_knee_and_limit(steps, written, concurrency, limit):
+def test_knee_and_limit(steps, cold, written, concurrency, limit):
     assert knee(steps).concurrency == concurrency
-    assert binding(steps, written) == limit
+    assert binding(steps, cold, written) == limit
 
 
 def test_a_step_says_how_long_one_takes_by_littles_law():
@@ -73,6 +80,38 @@ async def test_no_more_time_is_taken_than_there_is(server, tmp_path):
     assert [step.concurrency for step in found.steps] == [1]
     assert found.cut
     assert found.rate > 0
+
+
+async def test_epoch_is_expected_to_take_as_long_as_fetching_and_writing_at_once(server, tmp_path):
+    server.latency = 0.02
+    found = await tune(StoreRecipe.of(cache_dir=tmp_path), "mnist", "train/", highest=4, seconds=20)
+    assert found.cold.concurrency == found.best.concurrency
+    assert found.cold.objects == 300
+    assert found.cold.bytes == 300 * len(BODY)
+    assert found.epoch_s == pytest.approx(300 / found.cold.rate)
+    assert found.cold.rate <= 4 / 0.02
+
+
+async def test_object_that_cannot_be_had_is_left_out(server, tmp_path):
+    server.script("mnist", KEYS[7], [Fault.status(403, "AccessDenied")], forever=True)
+    found = await tune(StoreRecipe.of(cache_dir=tmp_path), "mnist", "", highest=4, seconds=20)
+    assert found.cold.objects == 299
+
+
+async def test_listing_that_takes_long_is_cut_short(server, tmp_path):
+    server.put_many("mnist", {f"many/{number:05}": b"x" for number in range(3000)})
+    server.script("mnist", None, [Fault.delay(0.5)], operation="LIST", forever=True)
+    found = await tune(StoreRecipe.of(cache_dir=tmp_path), "mnist", "many/", highest=2, seconds=1)
+    assert (found.objects, found.complete) == (1000, False)
+
+
+async def test_what_a_killed_one_left_behind_is_removed(server, tmp_path):
+    old, new = tmp_path / "asyncds-tune-old", tmp_path / "asyncds-tune-new"
+    for place in (old, new):
+        place.mkdir()
+    os.utime(old, (0, 0))
+    await tune(StoreRecipe.of(cache_dir=tmp_path), "mnist", "train/00", highest=1, seconds=5)
+    assert [place.name for place in tmp_path.iterdir()] == ["asyncds-tune-new"]
 
 
 async def test_object_that_stalls_ends_its_step_and_no_more(server, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ _LIMITS = {
     "store": "the store, which refuses more",
     "cache": "the disk of the cache",
     "cpu": "the CPU of one process: DataLoader workers share the work, while there are cores",
+    "memory": "the 32 MiB that may be between socket and disk: more requests in flight wait for room",
     "network": "the network, the store, or what else runs here: more requests in flight bring no more",
     "concurrency": "the round trip: more requests in flight than were tried may bring more (--highest)",
 }
@@ -75,7 +76,8 @@ def tune(
 def _document(found: "Tuning") -> dict[str, Any]:
     steps = [step._asdict() | {"rate": step.rate, "time_of_one_s": step.time_of_one} for step in found.steps]
     summary = {"best": found.best.concurrency, "limit": found.limit, "rate": found.rate, "epoch_s": found.epoch_s}
-    return found._asdict() | {"steps": steps} | summary | {"export": _exports(found)}
+    cold = found.cold._asdict() | {"rate": found.cold.rate}
+    return found._asdict() | {"steps": steps, "cold": cold} | summary | {"export": _exports(found)}
 
 
 def _exports(found: "Tuning") -> dict[str, str]:
@@ -108,7 +110,9 @@ def _print(found: "Tuning") -> None:
 def _summary(found: "Tuning") -> list[str]:
     best, size = found.best, found.mean_size * found.objects
     more = ", without decoding" if found.complete else ", without decoding; there are more, which take in proportion"
-    writes = f"The cache takes {found.written:,.0f} of these objects a second."
+    writes = (
+        f"Fetched and written at once: {found.cold.rate:,.0f} objects/s; the cache alone takes {found.written:,.0f}."
+    )
     if not found.written:
         writes = "The cache took none of these objects: `asyncds stats` shows its room."
     cut = ["The budget ended it before more stopped to pay: raise --objects or --seconds."] if found.cut else []
