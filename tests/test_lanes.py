@@ -207,6 +207,28 @@ def test_flipped_bit_is_found_by_each_checksum_that_a_server_may_send(server, la
     assert server.stats.requests["GET"] == 2 * len(KEYS)
 
 
+@pytest.mark.lean
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault.status(503),
+        Fault(replacement=FLIPPED, extra_headers=(("x-amz-checksum-crc32", "AAAAAA=="),)),
+    ],
+    ids=["refused", "flipped"],
+)
+async def test_second_attempt_takes_another_connection(server, tmp_path, fault):
+    async with Fetcher.open(cache_dir=tmp_path, concurrency=1) as fetcher:
+        for key in KEYS[:3]:
+            await fetcher.get(ObjectInfo("mnist", key, len(BODY)))
+        server.reset_counts()
+        before = server.stats.connections_total
+        server.script("mnist", KEYS[5], [fault])
+        _, body = await fetcher.get(ObjectInfo("mnist", KEYS[5], len(BODY)))
+        assert body == BODY
+        assert server.stats.requests["GET"] == 2
+        assert server.stats.connections_total == before + 1
+
+
 def test_checksum_of_parts_is_not_taken_for_one_of_the_whole(server):
     told = base64.b64encode(b"none").decode() + "-3"
     for key in KEYS:
