@@ -2,9 +2,11 @@
 
 from asyncds.testing.fake import FakeStore
 from asyncds.testing.faults import Fault
+from asyncds.testing.latency import LogNormal, Stragglers
 from asyncds.testing.local import LocalS3, local_s3
+from asyncds.testing.objects import body_of
 from asyncds.testing.proxy import LatencyProxy, ProxyStats
-from asyncds.testing.server import LogNormal, S3Server, ServerStats
+from asyncds.testing.server import S3Server, ServerStats
 
 __all__ = [
     "FakeStore",
@@ -15,5 +17,7 @@ __all__ = [
     "ProxyStats",
     "S3Server",
     "ServerStats",
+    "Stragglers",
+    "body_of",
     "local_s3",
 ]
