@@ -32,7 +32,7 @@ from asyncds.store.connection import Connection
 from asyncds.store.integrity import HowVerified, can_verify, compare_md5
 from asyncds.store.lean import Credentials, LeanLane, Why
 from asyncds.store.pages import read_pages_first
-from asyncds.store.translate import status_error, translate
+from asyncds.store.translate import has_expired, status_error, translate
 from asyncds.store.wire import Answer, Body, BrokenConnection
 
 __all__ = ["S3Store"]
@@ -58,7 +58,9 @@ _EVENTS = [
     "needs-retry",
     "after-call",
 ]
+_LONGEST_DOCUMENT = 32 << 20  # that is no object: a page of a listing has up to 1,000 keys, of 1 KiB
 _now_fetching: ContextVar[ObjectInfo | None] = ContextVar("_now_fetching", default=None)
+_token_sent: ContextVar[str | None] = ContextVar("_token_sent", default=None)
 
 
 class S3Store:
@@ -366,6 +368,21 @@ class S3Store:
         except Exception:  # the next one who needs them learns why
             self._fresh = None
 
+    async def _renew_what_has_expired(self, response: Any, attempts: int, **_: Any) -> int | None:
+        """Have a request sent again, and signed anew, if the store says that its token has expired, and there is one
+        that has not: botocore renews what is due by its own clock, and nothing else."""
+        if response is None or attempts > 1 or not has_expired(response[1]):
+            return None
+        provider = self._client._request_signer._credentials
+        renew, lock = getattr(provider, "_protected_refresh", None), getattr(provider, "_refresh_lock", None)
+        if renew is None or lock is None:  # keys that nobody renews
+            return None
+        async with lock:  # of many requests in flight, the first renews for all
+            if provider._token == _token_sent.get():
+                await renew(is_mandatory=True)
+        self._fresh = None
+        return 0
+
     def _explained(self, error: Exception, what: str) -> AsyncdsError:
         return translate(error, what, self.connection.hint, self.connection.endpoint or "AWS")
 
@@ -411,6 +428,8 @@ class S3Store:
         _guard(client)
         self._lane = _lean_lane(client, self._timeout) if self._may_be_lean else None
         client.meta.events.register("before-send.s3.GetObject", self._learn)
+        client.meta.events.register("before-send.s3", _note_token)
+        client.meta.events.register("needs-retry.s3", self._renew_what_has_expired)
         read_pages_first(client.meta.events)
         if self.connection.endpoint is not None:
             client.meta.events.register_first("needs-retry.s3", _refuse_wrong_region)
@@ -548,7 +567,7 @@ def _guard(client: Any) -> None:
         raise StoreError("this version of aiobotocore cannot be guarded: install one from 2.25.1 on, below 4")
     trace = aiohttp.TraceConfig()
     trace.on_request_redirect.append(_refuse_redirect)
-    trace.on_request_end.append(_make_headers_readable)
+    trace.on_request_end.append(_make_readable)
     trace.freeze()
 
     async def guarded(proxy: str | None) -> aiohttp.ClientSession:
@@ -568,9 +587,10 @@ async def _refuse_redirect(session: object, context: object, request: aiohttp.Tr
     raise StoreError(f"{request.url.host} redirects to {place[:200]!r}: refused; check the endpoint")
 
 
-async def _make_headers_readable(session: object, context: object, end: aiohttp.TraceRequestEndParams) -> None:
-    """Rewrite headers that are no UTF-8, as ISO 8859-1 (RFC 9110, 5.5)."""
+async def _make_readable(session: object, context: object, end: aiohttp.TraceRequestEndParams) -> None:
+    """Rewrite headers that are no UTF-8, as ISO 8859-1 (RFC 9110, 5.5), and bound what is read as a whole."""
     response: Any = end.response
+    response.read = partial(_read_document, response)
     headers = getattr(response, "_raw_headers", None)  # the property without the underscore keeps what it once gave
     if headers is None:
         response.close()
@@ -579,6 +599,29 @@ async def _make_headers_readable(session: object, context: object, end: aiohttp.
         b"".join(value for _, value in headers).decode()
     except UnicodeDecodeError:
         response._raw_headers = tuple((name, value.decode("latin-1").encode()) for name, value in headers)
+
+
+async def _read_document(response: Any) -> bytes:
+    """Read an answer that is no object, in place of aiohttp, which reads whatever comes."""
+    if response._body is None:
+        pieces = bytearray()
+        try:
+            async for piece in response.content.iter_any():
+                pieces += piece
+                if len(pieces) > _LONGEST_DOCUMENT:
+                    limit = f"{_LONGEST_DOCUMENT >> 20} MiB"
+                    raise StoreError(f"{response.host} answers with more than {limit}; check that it is an S3 server")
+        except BaseException:
+            response.close()
+            raise
+        response._body = bytes(pieces)
+    body: bytes = response._body
+    return body
+
+
+def _note_token(request: Any, **_: Any) -> None:
+    token = request.headers.get("X-Amz-Security-Token")
+    _token_sent.set(token.decode() if isinstance(token, bytes) else token)
 
 
 def _refuse_wrong_region(response: Any, request_dict: dict[str, Any], **_: Any) -> None:

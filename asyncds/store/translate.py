@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,9 +24,10 @@ from asyncds.errors import (
 from asyncds.store.connection import NOT_USED
 from asyncds.store.wire import BrokenConnection, NoConnection
 
-__all__ = ["status_error", "translate"]
+__all__ = ["has_expired", "status_error", "translate"]
 
-_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403", "401"}
+_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "403", "401"}
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 _UNREACHABLE = (
     boto.EndpointConnectionError,
     boto.ConnectTimeoutError,
@@ -81,7 +83,22 @@ def _unreachable(message: str, hint: str) -> AsyncdsError:
 
 def _of_response(response: Any, what: str, hint: str, where: str) -> AsyncdsError:
     error, status = response.get("Error", {}), response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if error.get("Code") == "RequestTimeTooSkewed":
+        return _other_time(response, what, where)
     return status_error(status, str(error.get("Code", status)), what, str(error.get("Message", "")), hint, where)
+
+
+def has_expired(response: Any) -> bool:
+    """Whether an answer, as botocore has read it, says that the session token was good once."""
+    return response.get("Error", {}).get("Code") in _EXPIRED
+
+
+def _other_time(response: Any, what: str, where: str) -> AsyncdsError:
+    headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    theirs = response["Error"].get("ServerTime") or headers.get("date", "another time")
+    ours = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    said = f"{what}: 403 RequestTimeTooSkewed: it is {theirs} at {where}, and {ours} here"
+    return AccessDenied(f"{said}; set the clock of whichever is wrong")
 
 
 def status_error(
@@ -97,6 +114,9 @@ def status_error(
         return ObjectNotFound(f"{what}: the object does not exist")
     if status in (408, 429) or status >= 500 or code in ("RequestTimeout", "SlowDown", "InternalError"):
         return TransferFailed(said).because("lower ASYNCDS_CONCURRENCY, or try again later")
+    if code in _EXPIRED:
+        remedy = "get new AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or a profile that renews them"
+        return AccessDenied(f"{said} from {where}: the session token has expired; {remedy}")
     if code in _DENIED or status in (401, 403):
         detail = f" ({message.rstrip('.')})" if message else ""
         return AccessDenied(f"{said}{detail} from {where}; {hint or 'check the credentials'} and the bucket's policy")

@@ -32,6 +32,7 @@ class Access:
         """Take others from now on; the session token of those before has expired then."""
         if self.credentials is not None:
             self.expired.update(self.credentials[2:])
+        self.expired.difference_update(credentials[2:])
         self.credentials = credentials
 
     def check(self, request: Request) -> None:

@@ -88,11 +88,14 @@ class _S3Service:
         rate_limit: float | None,
         idle_timeout: float | None,
         clock_skew: float,
+        port: int,
     ) -> None:
         self.latency = latency
         self.idle_timeout = idle_timeout
         self.clock_skew = clock_skew
         self._tls = tls
+        self._port = port
+        self._context: ssl.SSLContext | None = None
         self._rate_limit = _RateLimit(rate_limit) if rate_limit is not None else None
         self._random = random.Random(0)
         self._access = access
@@ -113,11 +116,12 @@ class _S3Service:
         self._stopping = False
 
     async def start(self) -> str:
-        loop, context = asyncio.get_running_loop(), None
+        loop, place = asyncio.get_running_loop(), ("127.0.0.1", self._port)
         if self._tls is not None:
-            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(*self._tls, password="")
-        self._server = await loop.create_server(lambda: Connection(self), "127.0.0.1", 0, backlog=_BACKLOG, ssl=context)
+            self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            self.set_certificate(*self._tls)
+        context = self._context
+        self._server = await loop.create_server(lambda: Connection(self), *place, backlog=_BACKLOG, ssl=context)
         scheme = "http" if context is None else "https"
         return f"{scheme}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
@@ -185,6 +189,11 @@ class _S3Service:
     def set_clock_skew(self, seconds: float) -> None:
         self.clock_skew = seconds
 
+    def set_certificate(self, certificate: str, key: str) -> None:
+        if self._context is None:
+            raise ConfigurationError("this server speaks plain http: start it with tls")
+        self._context.load_cert_chain(certificate, key, password="")
+
     def set_credentials(self, credentials: Keys) -> None:
         self._access.replace(credentials)
 
@@ -239,7 +248,8 @@ class S3Server(Hosted):
     from that of the server, whose clock is `clock_skew` seconds ahead. Every answer waits `latency` seconds, or as many
     as `LogNormal` or `Stragglers` say, to within about a millisecond, and does not hold up others. Of more than
     `rate_limit` requests per second the rest are answered by 503 SlowDown, as S3 does, and are counted as well.
-    Connections on which nothing was asked for `idle_timeout` seconds are closed.
+    Connections on which nothing was asked for `idle_timeout` seconds are closed. With a `port` of its own, rather than
+    a free one, another server can take its place.
 
     With `tls=(certificate, key)`, the paths of two PEM files, it speaks TLS, and the endpoint begins with `https`.
     Clients trust it where `AWS_CA_BUNDLE` names the file of the authority that signed the certificate.
@@ -261,6 +271,7 @@ class S3Server(Hosted):
         tls: tuple[str | os.PathLike[str], str | os.PathLike[str]] | None = None,
         process: bool = False,
         rate_limit: float | None = None,
+        port: int = 0,
     ) -> None:
         super().__init__(process=process)
         if rate_limit is not None and not 0 < rate_limit < float("inf"):
@@ -271,10 +282,10 @@ class S3Server(Hosted):
         self._latency = checked(latency)
         self._access = Access(region, credentials, check_signatures)
         self._tls = None if tls is None else _checked_tls(*tls)
-        self._idle_timeout, self._clock_skew = idle_timeout, clock_skew
+        self._idle_timeout, self._clock_skew, self._port = idle_timeout, clock_skew, port
 
     def _factory(self) -> Factory:
-        options = self._rate_limit, self._idle_timeout, self._clock_skew
+        options = self._rate_limit, self._idle_timeout, self._clock_skew, self._port
         return partial(_S3Service, self._latency, replace(self._access), self._tls, *options)
 
     @property
@@ -296,6 +307,10 @@ class S3Server(Hosted):
     def clock_skew(self, seconds: float) -> None:
         self._call("set_clock_skew", seconds)
         self._clock_skew = seconds
+
+    def change_certificate(self, certificate: str | os.PathLike[str], key: str | os.PathLike[str]) -> None:
+        """Show another certificate from now on, to those who connect."""
+        self._call("set_certificate", *_checked_tls(certificate, key))
 
     def change_credentials(self, *credentials: str) -> None:
         """Accept this access key and secret key (and session token) from now on, and none that were before.
