@@ -247,7 +247,7 @@ def test_endpoint_that_stays_away_is_an_error_that_names_host_and_port_out_of_a_
         error = failure_in_a_worker(dataset)
     assert type(error) is EndpointUnreachable
     assert re.search(
-        rf"s3://mnist/x/00[23]: no connection to {re.escape(place)} .*check that the server runs", str(error)
+        rf"s3://mnist/x/00[23]: no connection to {re.escape(place)}.*check that the server runs", str(error)
     )
 
 

@@ -1,6 +1,7 @@
 """S3 and what speaks its language, through aiobotocore: the only code that sends requests."""
 
 import asyncio
+import inspect
 import logging
 import re
 import ssl
@@ -60,6 +61,7 @@ _EVENTS = [
 ]
 _LONGEST_DOCUMENT = 32 << 20  # that is no object: a page of a listing has up to 1,000 keys, of 1 KiB
 _now_fetching: ContextVar[ObjectInfo | None] = ContextVar("_now_fetching", default=None)
+_UNGUARDED = "this version of aiobotocore cannot be guarded: install one from 2.25.1 on, below 4"
 _token_sent: ContextVar[str | None] = ContextVar("_token_sent", default=None)
 
 
@@ -559,12 +561,14 @@ def _guard(client: Any) -> None:
     every session of the client gets a trace that raises when it is about to. It reads headers as UTF-8 only, and loses
     the connection of an answer that has others; so these are made so before. aiobotocore before 3.9 does not compare
     the host's name with its certificate; so its TLS contexts are told to. Raises `StoreError` where there is nothing to
-    attach that to.
+    attach that to, here or when the first request is to be sent.
     """
-    http_session = client._endpoint.http_session
+    http_session: Any = getattr(getattr(client, "_endpoint", None), "http_session", None)
     get_session = getattr(http_session, "_get_session", None)
-    if get_session is None:
-        raise StoreError("this version of aiobotocore cannot be guarded: install one from 2.25.1 on, below 4")
+    code = getattr(inspect.unwrap(getattr(type(http_session), "send", _guard)), "__code__", None)
+    if get_session is None or "_get_session" not in getattr(code, "co_names", ()):  # whose sessions are used by `send`
+        raise StoreError(_UNGUARDED)
+    verify = getattr(http_session, "_verify", True)
     trace = aiohttp.TraceConfig()
     trace.on_request_redirect.append(_refuse_redirect)
     trace.on_request_end.append(_make_readable)
@@ -574,9 +578,13 @@ def _guard(client: Any) -> None:
         session: aiohttp.ClientSession = await get_session(proxy)
         if trace not in session.trace_configs:
             session.trace_configs.append(trace)
-            context = getattr(session.connector, "_ssl", None)
-            if isinstance(context, ssl.SSLContext) and context.verify_mode == ssl.CERT_REQUIRED:
-                context.check_hostname = True
+        context = getattr(session.connector, "_ssl", None)
+        if verify and isinstance(context, ssl.SSLContext):
+            context.check_hostname = True
+        elif verify:
+            raise StoreError(_UNGUARDED)
+        if trace not in session.trace_configs:  # it was a copy
+            raise StoreError(_UNGUARDED)
         return session
 
     http_session._get_session = guarded
