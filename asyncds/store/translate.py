@@ -42,6 +42,7 @@ _BROKEN = (
     asyncio.TimeoutError,
     OSError,
 )
+_SPEAKS_TLS = "if the server speaks TLS: write https:// in the endpoint, or MINIO_SECURE=true"
 _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
 
 
@@ -51,7 +52,7 @@ def translate(error: Exception, what: str, hint: str = "", where: str = "this en
     inner = getattr(error, "kwargs", {}).get("error")
     for known in (error, inner):
         if isinstance(known, AsyncdsError):
-            return known
+            return known if what in str(known) or type(known) is not StoreError else StoreError(f"{what}: {known}")
     if isinstance(error, boto.ClientError):
         return _of_response(error.response, what, hint, where)
     if any(sign in f"{error} {_reason(error)}" for sign in ("WRONG_VERSION_NUMBER", "RECORD_LAYER")):
@@ -68,7 +69,8 @@ def translate(error: Exception, what: str, hint: str = "", where: str = "this en
     if isinstance(error, BrokenConnection):
         return TransferFailed(f"{what}: the connection broke ({error})")
     if isinstance(error, _BROKEN):
-        return TransferFailed(f"{what}: the transfer broke ({type(error).__name__})")
+        failed = TransferFailed(f"{what}: the transfer broke ({type(error).__name__})")
+        return failed.because(_SPEAKS_TLS) if _may_be_tls(error, what, where) else failed
     if isinstance(error, _NO_CREDENTIALS):
         return AccessDenied(f"{what}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
     if isinstance(error, boto.BotoCoreError):
@@ -122,7 +124,13 @@ def status_error(
         return AccessDenied(f"{said}{detail} from {where}; {hint or 'check the credentials'} and the bucket's policy")
     if code == "InvalidBucketName":
         return ConfigurationError(f"{what}: this cannot be a bucket's name: it has 3 to 63 characters")
-    return StoreError(f"{said}{f' ({message})' if message else ''}")
+    told = StoreError(f"{said}{f' ({message})' if message else ''}")
+    return told.because(_SPEAKS_TLS) if code == "400" and where.startswith("http://") else told
+
+
+def _may_be_tls(error: Exception, what: str, where: str) -> bool:
+    """Whether this is what plain HTTP to a server that expects TLS looks like: it closes the connection unasked."""
+    return isinstance(error, boto.ConnectionClosedError) and what.startswith("listing") and where.startswith("http://")
 
 
 def _host(error: Exception) -> str:

@@ -15,6 +15,7 @@ _MAX_HEAD = 64 * 1024
 _JOIN_LIMIT = 64 * 1024
 _WRITE_BUFFER = 256 * 1024
 _FLUSH_POLL_S = 0.001
+_TLS = b"\x16\x03"  # how its handshake begins
 _ZEROS = bytes(_JOIN_LIMIT)
 _LINGER_RESET = struct.pack("ii", 1, 0)
 
@@ -118,6 +119,8 @@ class Connection(asyncio.Protocol):
     def _next_request(self) -> Request | None:
         """Take a complete request out of the buffer, or None when more bytes are needed."""
         if self._receiving is None:
+            if self._buffer.startswith(_TLS):
+                raise MalformedRequestError("the client speaks TLS, and this server plain http")
             head, separator, rest = self._buffer.partition(b"\r\n\r\n")
             if not separator:
                 if len(head) > _MAX_HEAD:
