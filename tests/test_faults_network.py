@@ -130,7 +130,7 @@ def test_burst_of_64_refusals_surfaces_no_error_and_costs_64_requests(bucket, la
         bucket.script("mnist", None, [Fault.status(503)] * 64, shared=True)
         started = time.monotonic()
         assert dataset.__getitems__(range(100)) == BODIES
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 10
         assert dataset.stats()["retries"] == 64
     assert bucket.stats.requests["GET"] == 100 + 64
     assert sum(bucket.stats.faulted.values()) == 64
@@ -163,7 +163,7 @@ def storm(bucket, seconds):
 def test_storm_of_refusals_surfaces_no_error_and_asks_less_and_less(bucket):
     started = time.monotonic()
     ended, retries = storm(bucket, 3)
-    assert ended - started < 8
+    assert ended - started < 15
     assert retries < 99 * 12, "full jitter up to 1.5 s"
 
 
@@ -263,18 +263,17 @@ LASTING = {
 }
 
 
-@pytest.mark.parametrize("fault", LASTING)
-def test_what_does_not_pass_is_told_at_once_out_of_a_worker_and_never_cached(bucket, lane, fault):
-    step, kind, said = LASTING[fault]
-    bucket.script("mnist", KEYS[3], [step], forever=True)
+def test_what_does_not_pass_is_told_at_once_out_of_a_worker_and_never_cached(bucket, lane):
     with opened() as dataset:
         assert dataset[0] == BODIES[0]
-        error = failure_in_a_worker(dataset)
-        assert type(error) is kind
-        assert re.search(f"s3://mnist/x/003: .*{said}", str(error))
-        assert bucket.stats.gets["mnist", KEYS[3]] <= (1 if lane == "full" else 2)
+        for index, (step, kind, said) in enumerate(LASTING.values(), 3):
+            bucket.script("mnist", KEYS[index], [step], forever=True)
+            error = failure_in_a_worker(dataset, [1, 2, index])
+            assert type(error) is kind
+            assert re.search(f"s3://mnist/{KEYS[index]}: .*{said}", str(error))
+            assert bucket.stats.gets["mnist", KEYS[index]] <= (1 if lane == "full" else 2)
         bucket.clear_scripts()
-        assert dataset[3] == BODIES[3]
+        assert dataset.__getitems__(range(9)) == BODIES[:9]
 
 
 def test_overwritten_object_is_told_and_comes_with_a_new_listing(lane, monkeypatch, bucket):
@@ -298,27 +297,26 @@ LOCATIONS = {
 }
 
 
-@pytest.mark.parametrize("status", [301, 302, 307])
 @pytest.mark.parametrize("location", LOCATIONS)
-def test_redirects_are_refused_and_nothing_is_sent_elsewhere(bucket, lane, location, status):
+def test_redirects_are_refused_and_nothing_is_sent_elsewhere(bucket, lane, location):
     with S3Server() as other:
-        step = Fault.redirect(
-            f"{other.endpoint}/mnist/k" if location == "another server" else LOCATIONS[location] or None
-        )
-        step = step if status == 307 else Fault.redirect(step.location or None, status=status)
-        with opened() as dataset:
-            assert dataset[0] == BODIES[0]
+        place = f"{other.endpoint}/mnist/k" if location == "another server" else LOCATIONS[location]
+        started = time.monotonic()
+        for index, status in enumerate((301, 302, 307), 3):
+            step = Fault.redirect(place, status=status)
+            bucket.clear_scripts()
             bucket.reset_counts()
-            bucket.script("mnist", KEYS[3], [step], forever=True)
-            started = time.monotonic()
-            with pytest.raises(StoreError, match=r"s3://mnist/x/003: |127\.0\.0\.1 redirects to"):
-                dataset[3]
-            assert time.monotonic() - started < 1
-            assert bucket.stats.gets["mnist", KEYS[3]] <= (1 if lane == "full" else 2)
-        bucket.script("mnist", None, [step], operation="LIST", forever=True)
-        with opened() as dataset, pytest.raises(StoreError):
-            len(dataset)
-        assert bucket.stats.requests["LIST"] == 1
+            with opened() as dataset:
+                assert dataset[0] == BODIES[0]
+                bucket.script("mnist", KEYS[index], [step], forever=True)
+                with pytest.raises(StoreError, match=f"s3://mnist/{KEYS[index]}: 127.0.0.1 redirects to .*: refused"):
+                    dataset[index]
+                assert bucket.stats.gets["mnist", KEYS[index]] <= (1 if lane == "full" else 2)
+            bucket.script("mnist", None, [step], operation="LIST", forever=True)
+            with opened() as dataset, pytest.raises(StoreError, match="listing s3://mnist/x/: .* redirects to"):
+                len(dataset)
+            assert bucket.stats.requests["LIST"] == 2
+        assert time.monotonic() - started < 25, "somebody was waited for"
         assert other.stats.connections_total == 0
 
 
@@ -544,29 +542,39 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("fault", HOSTILE)
-@pytest.mark.parametrize("what", ["listed", "unlisted", "listing"])
-def test_hostile_endpoint_takes_little_memory(bucket, lane, fault, what):
-    operation = "LIST" if what == "listing" else "GET"
-    bucket.script("mnist", None, [Fault(), HOSTILE[fault]], operation=operation, forever=True, shared=True)
+def refused(ask):
+    try:
+        ask()
+    except AsyncdsError:
+        return
+    raise AssertionError("it came")
+
+
+def test_hostile_objects_take_little_memory(bucket, lane):
+    for key, fault in zip(KEYS[3:], HOSTILE.values(), strict=False):
+        bucket.script("mnist", key, [fault], forever=True)
     options = {"retries": 1, "deadline": 3, "transform": S3Reader.read}
 
     def ask():
-        if what == "listing":
-            dataset = CachedS3MapDataset.from_prefix("s3://mnist/x/00", **options)
-            assert len(dataset) == 10
-            dataset = CachedS3MapDataset.from_prefix("s3://mnist/x/01", **options)
-        elif what == "listed":
-            dataset = CachedS3MapDataset.from_prefix(PREFIX, **options)
+        listed = CachedS3MapDataset.from_prefix(PREFIX, **options)
+        unlisted = CachedS3MapDataset.from_objects([f"s3://mnist/{key}" for key in KEYS], **options)
+        for dataset in (listed, unlisted):
             assert dataset[0] == BODIES[0]
-        else:
-            dataset = CachedS3MapDataset.from_objects([f"s3://mnist/{key}" for key in KEYS], **options)
-            assert dataset[0] == BODIES[0]
-        try:
-            body = dataset[3]
-        except AsyncdsError:
-            return
-        assert (what, fault) == ("unlisted", "a bomb"), "it came"
-        assert len(body) < 1 << 20, "it was unpacked"
+            for index, name in enumerate(HOSTILE, 3):
+                if (dataset, name) == (unlisted, "a bomb"):
+                    assert len(dataset[index]) < 1 << 20, "it was unpacked"
+                else:
+                    refused(lambda dataset=dataset, index=index: dataset[index])
+
+    assert in_megabytes_more(ask) < 64
+
+
+def test_hostile_listings_take_little_memory(bucket):
+    bucket.script("mnist", None, [Fault(), *HOSTILE.values()], operation="LIST", shared=True)
+
+    def ask():
+        assert len(opened(retries=0)) == 100
+        for number in range(len(HOSTILE)):
+            refused(lambda number=number: len(CachedS3MapDataset.from_prefix(f"s3://mnist/x/{number}", retries=0)))
 
     assert in_megabytes_more(ask) < 64

@@ -59,7 +59,7 @@ _EVENTS = [
     "needs-retry",
     "after-call",
 ]
-_LONGEST_DOCUMENT = 32 << 20  # that is no object: a page of a listing has up to 1,000 keys, of 1 KiB
+_LONGEST_DOCUMENT = 16 << 20  # that is no object: a page of a listing has up to 1,000 keys, of 1 KiB
 _now_fetching: ContextVar[ObjectInfo | None] = ContextVar("_now_fetching", default=None)
 _UNGUARDED = "this version of aiobotocore cannot be guarded: install one from 2.25.1 on, below 4"
 _token_sent: ContextVar[str | None] = ContextVar("_token_sent", default=None)
