@@ -313,7 +313,7 @@ def test_redirects_are_refused_and_nothing_is_sent_elsewhere(bucket, lane, locat
                     dataset[index]
                 assert bucket.stats.gets["mnist", KEYS[index]] <= (1 if lane == "full" else 2)
             bucket.script("mnist", None, [step], operation="LIST", forever=True)
-            with opened() as dataset, pytest.raises(StoreError, match="listing s3://mnist/x/: .* redirects to"):
+            with opened() as dataset, pytest.raises(StoreError, match=r"listing s3://mnist/x/: .* redirects to"):
                 len(dataset)
             assert bucket.stats.requests["LIST"] == 2
         assert time.monotonic() - started < 25, "somebody was waited for"

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from asyncds.testing.local import LocalS3, local_s3
     from asyncds.testing.objects import body_of
     from asyncds.testing.proxy import LatencyProxy, ProxyStats
-    from asyncds.testing.server import S3Server, ServerStats
+    from asyncds.testing.server import S3Server
+    from asyncds.testing.service import ServerStats
 
 _HOMES = {
     "FakeStore": "fake",
@@ -23,7 +24,7 @@ _HOMES = {
     "LogNormal": "latency",
     "ProxyStats": "proxy",
     "S3Server": "server",
-    "ServerStats": "server",
+    "ServerStats": "service",
     "Stragglers": "latency",
     "body_of": "objects",
     "local_s3": "local",
