@@ -39,7 +39,7 @@ test-newest: $(VENV)/.test
 
 # What speaks S3, once more with the oldest aiobotocore that is supported, the one that aioboto3 pins.
 test-oldest: $(OLDEST)/.test
-	PATH="$(BIN):$$PATH" $(OLDEST)/bin/python -m pytest $(PARALLEL) tests/test_store.py tests/test_dataset.py tests/test_lanes.py
+	PATH="$(BIN):$$PATH" $(OLDEST)/bin/python -m pytest $(PARALLEL) $(addprefix tests/test_,store.py dataset.py lanes.py guards.py faults_network.py)
 
 # What brings objects, and what can go wrong with that, once more without the lean lane.
 test-full-lane: $(VENV)/.test

@@ -4,11 +4,13 @@ import re
 from typing import Any
 
 from botocore import handlers
+from botocore.parsers import ResponseParserError
 
 __all__ = ["read_pages_first"]
 
 _EVENT = "before-parse.s3.*"
 _HEAD = 1000
+_ROOTS = b"ListBucketResult", b"<Error"
 # No tree is built: its elements would have the garbage collector go through all that the process has, page by page.
 _CONTENTS = re.compile(rb"<Contents>(.*?)</Contents>", re.DOTALL)
 _FIELD = re.compile(rb"<(Key|Size|ETag)>([^<]*)</")
@@ -29,11 +31,14 @@ def _read_contents(
 ) -> None:
     """Take the objects out of a page before botocore reads it: keys, sizes and ETags, no dates.
 
-    All else in the page, and whatever is no page of a listing, is left for botocore to read and to complain of.
+    All else in the page, and whatever is a page and none that is understood, is left for botocore to read and to
+    complain of. Raises `ResponseParserError` for what is neither a page nor an error.
     """
     if response_dict["status_code"] != 200 or operation_model.name != "ListObjectsV2":
         return
     body = response_dict["body"]
+    if not any(name in body[:_HEAD] for name in _ROOTS):  # botocore takes many a page of HTML for an error of a server
+        raise ResponseParserError("this is no listing")
     found = _CONTENTS.findall(body)
     if len(found) != body.count(b"<Contents") or b"<ListBucketResult" not in body[:_HEAD]:
         return

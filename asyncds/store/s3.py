@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
-import aiohttp
 from botocore.httpsession import get_cert_path
 from botocore.loaders import create_loader
 from botocore.utils import get_environ_proxies
@@ -22,17 +21,17 @@ from asyncds.errors import (
     ConfigurationError,
     ObjectChanged,
     ObjectNotFound,
-    StoreError,
     TransferFailed,
 )
 from asyncds.manifest import ObjectInfo, normalise_etag
 from asyncds.retry import Retry
 from asyncds.store.base import Drop, NoParts, Outcome, Page, Reserve, failed, no_bound
 from asyncds.store.connection import Connection
+from asyncds.store.guard import guard
 from asyncds.store.integrity import HowVerified, can_verify, compare_md5
 from asyncds.store.lean import Credentials, LeanLane, Why
 from asyncds.store.pages import read_pages_first
-from asyncds.store.translate import status_error, translate
+from asyncds.store.translate import has_expired, status_error, translate
 from asyncds.store.wire import Answer, Body, BrokenConnection, Pace
 
 __all__ = ["S3Store"]
@@ -59,6 +58,7 @@ _EVENTS = [
     "after-call",
 ]
 _now_fetching: ContextVar[ObjectInfo | None] = ContextVar("_now_fetching", default=None)
+_token_sent: ContextVar[str | None] = ContextVar("_token_sent", default=None)
 
 
 class S3Store:
@@ -376,6 +376,21 @@ class S3Store:
         except Exception:  # the next one who needs them learns why
             self._fresh = None
 
+    async def _renew_what_has_expired(self, response: Any, attempts: int, **_: Any) -> int | None:
+        """Have a request sent again, and signed anew, if the store says that its token has expired, and there is one
+        that has not: botocore renews what is due by its own clock, and nothing else."""
+        if response is None or attempts > 1 or not has_expired(response[1]):
+            return None
+        provider = self._client._request_signer._credentials
+        renew, lock = getattr(provider, "_protected_refresh", None), getattr(provider, "_refresh_lock", None)
+        if renew is None or lock is None:  # keys that nobody renews
+            return None
+        async with lock:  # of many requests in flight, the first renews for all
+            if provider._token == _token_sent.get():
+                await renew(is_mandatory=True)
+        self._fresh = None
+        return 0
+
     def _explained(self, error: Exception, what: str) -> AsyncdsError:
         return translate(error, what, self.connection.hint, self.connection.endpoint or "AWS")
 
@@ -418,9 +433,11 @@ class S3Store:
         context = make("s3", **self._client_arguments(session))
         client = await context.__aenter__()
         self._context = context
-        _guard(client)
+        guard(client)
         self._lane = _lean_lane(client, self._timeout) if self._may_be_lean else None
         client.meta.events.register("before-send.s3.GetObject", self._learn)
+        client.meta.events.register("before-send.s3", _note_token)
+        client.meta.events.register("needs-retry.s3", self._renew_what_has_expired)
         read_pages_first(client.meta.events)
         if self.connection.endpoint is not None:
             client.meta.events.register_first("needs-retry.s3", _refuse_wrong_region)
@@ -548,52 +565,9 @@ def _home(handler: Any) -> str:
     return str(module).partition(".")[0]
 
 
-def _guard(client: Any) -> None:
-    """Never send a signed request, and a session token with it, to anybody but the endpoint.
-
-    aiohttp follows a `Location` to wherever it points, and aiobotocore has no switch for that, up to 3.10 at least; so
-    every session of the client gets a trace that raises when it is about to. It reads headers as UTF-8 only, and loses
-    the connection of an answer that has others; so these are made so before. aiobotocore before 3.9 does not compare
-    the host's name with its certificate; so its TLS contexts are told to. Raises `StoreError` where there is nothing to
-    attach that to.
-    """
-    http_session = client._endpoint.http_session
-    get_session = getattr(http_session, "_get_session", None)
-    if get_session is None:
-        raise StoreError("this version of aiobotocore cannot be guarded: install one from 2.25.1 on, below 4")
-    trace = aiohttp.TraceConfig()
-    trace.on_request_redirect.append(_refuse_redirect)
-    trace.on_request_end.append(_make_headers_readable)
-    trace.freeze()
-
-    async def guarded(proxy: str | None) -> aiohttp.ClientSession:
-        session: aiohttp.ClientSession = await get_session(proxy)
-        if trace not in session.trace_configs:
-            session.trace_configs.append(trace)
-            context = getattr(session.connector, "_ssl", None)
-            if isinstance(context, ssl.SSLContext) and context.verify_mode == ssl.CERT_REQUIRED:
-                context.check_hostname = True
-        return session
-
-    http_session._get_session = guarded
-
-
-async def _refuse_redirect(session: object, context: object, request: aiohttp.TraceRequestRedirectParams) -> None:
-    place = request.response.headers.get("Location", "")
-    raise StoreError(f"{request.url.host} redirects to {place[:200]!r}: refused; check the endpoint")
-
-
-async def _make_headers_readable(session: object, context: object, end: aiohttp.TraceRequestEndParams) -> None:
-    """Rewrite headers that are no UTF-8, as ISO 8859-1 (RFC 9110, 5.5)."""
-    response: Any = end.response
-    headers = getattr(response, "_raw_headers", None)  # the property without the underscore keeps what it once gave
-    if headers is None:
-        response.close()
-        raise StoreError("this version of aiohttp cannot be guarded: install one from 3.10 on")
-    try:
-        b"".join(value for _, value in headers).decode()
-    except UnicodeDecodeError:
-        response._raw_headers = tuple((name, value.decode("latin-1").encode()) for name, value in headers)
+def _note_token(request: Any, **_: Any) -> None:
+    token = request.headers.get("X-Amz-Security-Token")
+    _token_sent.set(token.decode() if isinstance(token, bytes) else token)
 
 
 def _refuse_wrong_region(response: Any, request_dict: dict[str, Any], **_: Any) -> None:

@@ -25,9 +25,10 @@ from asyncds.errors import (
 from asyncds.store.connection import NOT_USED
 from asyncds.store.wire import BrokenConnection, NoConnection
 
-__all__ = ["status_error", "translate"]
+__all__ = ["has_expired", "status_error", "translate"]
 
-_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403", "401"}
+_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "403", "401"}
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 _UNREACHABLE = (
     boto.EndpointConnectionError,
     boto.ConnectTimeoutError,
@@ -42,6 +43,7 @@ _BROKEN = (
     asyncio.TimeoutError,
     OSError,
 )
+_SPEAKS_TLS = "if the server speaks TLS: write https:// in the endpoint, or MINIO_SECURE=true"
 _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
 
 
@@ -51,7 +53,7 @@ def translate(error: Exception, what: str, hint: str = "", where: str = "this en
     inner = getattr(error, "kwargs", {}).get("error")
     for known in (error, inner):
         if isinstance(known, AsyncdsError):
-            return known
+            return known if what in str(known) or type(known) is not StoreError else StoreError(f"{what}: {known}")
     if isinstance(error, boto.ClientError):
         return _of_response(error.response, what, hint, where)
     if any(sign in f"{error} {_reason(error)}" for sign in ("WRONG_VERSION_NUMBER", "RECORD_LAYER")):
@@ -68,7 +70,8 @@ def translate(error: Exception, what: str, hint: str = "", where: str = "this en
     if isinstance(error, BrokenConnection):
         return TransferFailed(f"{what}: the connection broke ({error})")
     if isinstance(error, _BROKEN):
-        return TransferFailed(f"{what}: the transfer broke ({type(error).__name__})")
+        failed = TransferFailed(f"{what}: the transfer broke ({type(error).__name__})")
+        return failed.because(_SPEAKS_TLS) if _may_be_tls(error, what, where) else failed
     if isinstance(error, _NO_CREDENTIALS):
         return AccessDenied(f"{what}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
     if isinstance(error, boto.BotoCoreError):
@@ -83,9 +86,24 @@ def _unreachable(message: str, hint: str) -> AsyncdsError:
 
 def _of_response(response: Any, what: str, hint: str, where: str) -> AsyncdsError:
     error, status = response.get("Error", {}), response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if error.get("Code") == "RequestTimeTooSkewed":
+        return _other_time(response, what, where)
     code, message = str(error.get("Code", status)), str(error.get("Message", ""))
     after = str(response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after", ""))
     return status_error(status, code, what, message, hint, where, after)
+
+
+def has_expired(response: Any) -> bool:
+    """Whether an answer, as botocore has read it, says that the session token was good once."""
+    return response.get("Error", {}).get("Code") in _EXPIRED
+
+
+def _other_time(response: Any, what: str, where: str) -> AsyncdsError:
+    headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    theirs = response["Error"].get("ServerTime") or headers.get("date", "another time")
+    ours = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    said = f"{what}: 403 RequestTimeTooSkewed: it is {theirs} at {where}, and {ours} here"
+    return AccessDenied(f"{said}; set the clock of whichever is wrong")
 
 
 def status_error(
@@ -109,12 +127,21 @@ def status_error(
         failed = TransferFailed(said).because("lower ASYNCDS_CONCURRENCY, or try again later")
         failed.retry_after = _seconds(retry_after)
         return failed
+    if code in _EXPIRED:
+        remedy = "get new AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or a profile that renews them"
+        return AccessDenied(f"{said} from {where}: the session token has expired; {remedy}")
     if code in _DENIED or status in (401, 403):
         detail = f" ({message.rstrip('.')})" if message else ""
         return AccessDenied(f"{said}{detail} from {where}; {hint or 'check the credentials'} and the bucket's policy")
     if code == "InvalidBucketName":
         return ConfigurationError(f"{what}: this cannot be a bucket's name: it has 3 to 63 characters")
-    return StoreError(f"{said}{f' ({message})' if message else ''}")
+    told = StoreError(f"{said}{f' ({message})' if message else ''}")
+    return told.because(_SPEAKS_TLS) if code == "400" and where.startswith("http://") else told
+
+
+def _may_be_tls(error: Exception, what: str, where: str) -> bool:
+    """Whether this is what plain HTTP to a server that expects TLS looks like: it closes the connection unasked."""
+    return isinstance(error, boto.ConnectionClosedError) and what.startswith("listing") and where.startswith("http://")
 
 
 def _seconds(retry_after: str) -> float:

@@ -9,17 +9,23 @@ from typing import Protocol, cast
 
 from asyncds.testing.faults import Fault
 from asyncds.testing.s3 import status_response
-from asyncds.testing.wire import Body, MalformedRequestError, Request, Response, body_of, parse_head, payload
+from asyncds.testing.wire import Body, MalformedRequestError, Request, Response, body_reader, parse_head, payload
 
 _MAX_HEAD = 64 * 1024
 _JOIN_LIMIT = 64 * 1024
 _WRITE_BUFFER = 256 * 1024
 _FLUSH_POLL_S = 0.001
+_TLS = b"\x16\x03"  # how its handshake begins
+_ZEROS = bytes(_JOIN_LIMIT)
 _LINGER_RESET = struct.pack("ii", 1, 0)
 
 
 class Handler(Protocol):
     """What a connection needs of its server."""
+
+    @property
+    def idle_timeout(self) -> float | None:
+        """Seconds after which a connection without a request is closed."""
 
     def delay(self) -> float:
         """Seconds for which the next answer waits."""
@@ -62,6 +68,7 @@ class Connection(asyncio.Protocol):
         self._write_paused = False
         self._on_drained: Callable[[], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._idle: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports do not inherit from asyncio.Transport.
@@ -69,10 +76,12 @@ class Connection(asyncio.Protocol):
         # With a low mark of 0, resume_writing means that the kernel has taken everything.
         self._transport.set_write_buffer_limits(high=_WRITE_BUFFER, low=0)
         self._handler.opened(self)
+        self._watch_idleness()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._idle):
+            if timer is not None:
+                timer.cancel()
         self._on_drained = None
         if self._busy:
             self._handler.end()
@@ -110,6 +119,8 @@ class Connection(asyncio.Protocol):
     def _next_request(self) -> Request | None:
         """Take a complete request out of the buffer, or None when more bytes are needed."""
         if self._receiving is None:
+            if self._buffer.startswith(_TLS):
+                raise MalformedRequestError("the client speaks TLS, and this server plain http")
             head, separator, rest = self._buffer.partition(b"\r\n\r\n")
             if not separator:
                 if len(head) > _MAX_HEAD:
@@ -117,7 +128,7 @@ class Connection(asyncio.Protocol):
                 return None
             self._buffer = rest
             request = parse_head(head)
-            body = body_of(request)
+            body = body_reader(request)
             if body is None:
                 return request
             self._receiving = request, body
@@ -142,6 +153,8 @@ class Connection(asyncio.Protocol):
 
     def _begin(self, request: Request) -> None:
         self._busy = True
+        if self._idle is not None:
+            self._idle.cancel()
         self._closes = not request.keeps_alive
         fault = self._handler.begin(request)
         delay = self._handler.delay() + (fault.delay_s if fault else 0.0)
@@ -165,13 +178,42 @@ class Connection(asyncio.Protocol):
         self._closes = self._closes or response.closes
         head = response.head(self._handler.date_line(), close=self._closes)
         body = response.body if request.method != "HEAD" else b""
-        if fault is None or fault.ending is None:
+        if fault is None:
             self._send(head, body, self._finish)
+        else:
+            self._send_spoilt(fault, fault.changed_head(head), body, fault.fill if request.method != "HEAD" else 0)
+
+    def _send_spoilt(self, fault: Fault, head: bytes, body: bytes, fill: int) -> None:
+        if fault.drip is not None:
+            start = fault.after or 0
+            self._send(head, body[:start], lambda: self._drip(fault, body[start:]))
+        elif fault.ending is None:
+            self._send(head, body, lambda: self._pour(fill))
         elif fault.after is None:
             self._end_early(fault, head, body)
         else:
             rest = body[fault.after :]
             self._send(head, body[: fault.after], lambda: self._end_early(fault, b"", rest))
+
+    def _drip(self, fault: Fault, rest: bytes) -> None:
+        assert fault.drip is not None
+        size, interval = fault.drip
+        if rest:
+            self._later(interval, self._send, b"", rest[:size], lambda: self._drip(fault, rest[size:]))
+        else:
+            self._finish()
+
+    def _pour(self, count: int) -> None:
+        """Send so many zeros, for as long as the client takes them."""
+        while count > 0 and not self._write_paused and not self._transport.is_closing():
+            size = min(count, len(_ZEROS))
+            count -= size
+            self._handler.sent(size)
+            self._transport.write(_ZEROS[:size])
+        if self._write_paused:
+            self._on_drained = lambda: self._pour(count)
+        else:
+            self._finish()
 
     def _send(self, head: bytes, body: bytes, then: Callable[[], None]) -> None:
         """Write, and go on once the transport has room again."""
@@ -193,6 +235,11 @@ class Connection(asyncio.Protocol):
             return
         self._busy = False
         self._handler.end()
+        self._watch_idleness()
+
+    def _watch_idleness(self) -> None:
+        if self._handler.idle_timeout is not None:
+            self._idle = self._loop.call_later(self._handler.idle_timeout, self._transport.close)
 
     def _end_early(self, fault: Fault, head: bytes, rest: bytes) -> None:
         match fault.ending:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from asyncds.errors import ConfigurationError
 from asyncds.testing.connection import reset
 from asyncds.testing.host import Factory, Hosted
-from asyncds.testing.wire import Body, MalformedRequestError, body_of, parse_head
+from asyncds.testing.wire import Body, MalformedRequestError, body_reader, parse_head
 
 _BACKLOG = 4096
 _TRAVELLING_BYTES = 16 * 1024 * 1024
@@ -70,7 +70,7 @@ class _RequestCounter:
             return False
         request = parse_head(head)
         self._requests[request.operation] += 1
-        self._buffer, self._body = rest, body_of(request)
+        self._buffer, self._body = rest, body_reader(request)
         return True
 
 

@@ -5,9 +5,10 @@ import binascii
 import itertools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Protocol
 from urllib.parse import quote_plus
 
+from asyncds.errors import ConfigurationError
 from asyncds.testing.objects import Bucket, Page, Store, StoredObject, after_key, iso_date
 from asyncds.testing.wire import Request, Response, reason
 
@@ -15,27 +16,37 @@ _NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 _XML = '<?xml version="1.0" encoding="UTF-8"?>\n'
 _MAX_KEYS = 1000
 _RANGE = re.compile(rb"bytes=(\d*)-(\d*)")
-_CREDENTIAL = re.compile(r"Credential=([^/,\s]+)/[^/,\s]+/([^/,\s]+)/")
 # Control characters are no XML 1.0, but S3 sends them as references too: that is why encoding-type=url exists.
 _ESCAPES = {code: f"&#x{code:x};" for code in range(32)} | {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
 
 _ERRORS = {
     "AccessDenied": (403, "Access Denied"),
     "AuthorizationHeaderMalformed": (400, "The authorization header is malformed"),
+    "AuthorizationQueryParametersError": (400, "The authorization in the query is malformed"),
     "BucketAlreadyOwnedByYou": (409, "The bucket that you tried to create already exists, and you own it."),
+    "ExpiredToken": (400, "The provided token has expired."),
     "IncompleteBody": (400, "The request body is malformed"),
     "InternalError": (500, "We encountered an internal error. Please try again."),
     "InvalidAccessKeyId": (403, "The AWS Access Key Id you provided does not exist in our records."),
     "InvalidArgument": (400, "Invalid Argument"),
     "InvalidRange": (416, "The requested range is not satisfiable"),
     "InvalidRequest": (400, "Invalid Request"),
+    "InvalidToken": (400, "The provided token is malformed or otherwise invalid."),
     "InvalidURI": (400, "Couldn't parse the specified URI."),
     "MethodNotAllowed": (405, "The specified method is not allowed against this resource."),
+    "MissingSecurityHeader": (400, "Your request is missing a required header"),
     "NoSuchBucket": (404, "The specified bucket does not exist"),
     "NoSuchKey": (404, "The specified key does not exist."),
     "NotImplemented": (501, "A header or query you provided implies functionality that is not implemented"),
     "PreconditionFailed": (412, "At least one of the pre-conditions you specified did not hold"),
+    "RequestTimeTooSkewed": (403, "The difference between the request time and the current time is too large."),
+    "SignatureDoesNotMatch": (
+        403,
+        "The request signature we calculated does not match the signature you provided. Check your key and signing "
+        "method.",
+    ),
     "SlowDown": (503, "Please reduce your request rate."),
+    "XAmzContentSHA256Mismatch": (400, "The provided 'x-amz-content-sha256' header does not match what was computed."),
 }
 _DEFAULT_CODES = {
     400: "InvalidRequest",
@@ -90,47 +101,14 @@ def status_response(status: int, code: str | None, resource: str) -> Response:
     return error_response(status, code, message, resource, {})
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
-    """Who may ask: `region` and `credentials` are checked only when they are set. Signatures are not checked."""
-
-    region: str | None = None
-    credentials: tuple[str, str] | None = None
+class Refuses(Protocol):
+    """Who may ask."""
 
     def check(self, request: Request) -> None:
         """Raise the S3Error with which AWS would refuse the request."""
-        if self.region is None and self.credentials is None:
-            return
-        scope = _credential_scope(request)
-        if scope is None:
-            if self.credentials is not None:
-                raise S3Error("AccessDenied")
-            return
-        access_key, region = scope
-        if self.credentials is not None and access_key != self.credentials[0]:
-            raise S3Error("InvalidAccessKeyId", details={"AWSAccessKeyId": access_key})
-        if self.region is not None and region != self.region:
-            raise _wrong_region(region, self.region)
 
 
-def _credential_scope(request: Request) -> tuple[str, str] | None:
-    authorization = request.headers.get(b"authorization", b"").decode("latin-1")
-    presigned = request.query.get("X-Amz-Credential")
-    match = _CREDENTIAL.search(f"Credential={presigned}" if presigned else authorization)
-    return (match[1], match[2]) if match else None
-
-
-def _wrong_region(given: str, expected: str) -> S3Error:
-    message = f"The authorization header is malformed; the region '{given}' is wrong; expecting '{expected}'"
-    return S3Error(
-        "AuthorizationHeaderMalformed",
-        message,
-        details={"Region": expected},
-        headers={"x-amz-bucket-region": expected},
-    )
-
-
-def respond(request: Request, store: Store, access: Access) -> Response:
+def respond(request: Request, store: Store, access: Refuses) -> Response:
     """Answer one request; a PUT or DELETE changes the store."""
     try:
         access.check(request)
@@ -201,13 +179,20 @@ def _put(request: Request, store: Store) -> Response:
         raise S3Error("InvalidURI") from None
     content_type = request.headers.get(b"content-type", b"application/octet-stream").decode("latin-1")
     stored = StoredObject(request.body, content_type)
-    _bucket(request, store).put(request.key, stored)
+    _changing(_bucket(request, store).put, request.key, stored)
     return Response(200, {"ETag": stored.etag})
 
 
 def _delete(request: Request, store: Store) -> Response:
-    _bucket(request, store).delete(request.key)
+    _changing(_bucket(request, store).delete, request.key)
     return Response(204)
+
+
+def _changing(change: Callable[..., None], *args: object) -> None:
+    try:
+        change(*args)
+    except ConfigurationError as error:
+        raise S3Error("AccessDenied", str(error)) from None
 
 
 def _create_bucket(request: Request, store: Store) -> Response:
@@ -279,7 +264,7 @@ def _listing(request: Request, bucket: Bucket, page: Page, limit: int) -> str:
 def _contents(key: str, stored: StoredObject) -> str:
     return (
         f"<Contents><Key>{_escape(key)}</Key><LastModified>{iso_date(stored.modified)}</LastModified>"
-        f"<ETag>&#34;{stored.etag[1:-1]}&#34;</ETag><Size>{len(stored.body)}</Size>"
+        f"<ETag>&#34;{stored.etag[1:-1]}&#34;</ETag><Size>{stored.size}</Size>"
         "<StorageClass>STANDARD</StorageClass></Contents>"
     )
 

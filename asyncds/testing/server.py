@@ -1,224 +1,33 @@
 """A fast S3 server that fails on purpose and counts what it is asked."""
 
-import asyncio
-import math
 import os
-import random
 import ssl
-import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from statistics import NormalDist
-from typing import Any
 
 from asyncds.errors import ConfigurationError
-from asyncds.testing.connection import Connection
-from asyncds.testing.faults import Fault, FaultScripts
+from asyncds.testing.access import Access, Keys
+from asyncds.testing.faults import Fault
 from asyncds.testing.host import Factory, Hosted
-from asyncds.testing.objects import Store, http_date
-from asyncds.testing.s3 import Access, respond
-from asyncds.testing.wire import Request, Response
+from asyncds.testing.latency import Latency, checked
+from asyncds.testing.service import S3Service, ServerStats
 
-_BACKLOG = 4096
-_Z99 = NormalDist().inv_cdf(0.99)
 _BATCH_BYTES = 16 * 1024 * 1024
-_SLOW_DOWN = Fault.status(503)
-
-
-@dataclass(frozen=True, slots=True)
-class ServerStats:
-    """What the server has seen since it started or since `reset_counts`.
-
-    `requests` counts by operation: GET, HEAD, PUT, DELETE (objects), LIST, HEAD_BUCKET, LOCATION, CREATE_BUCKET, OTHER.
-    `gets` counts the GETs of each `(bucket, key)`. Both give 0 for what was never asked. `bytes_sent` counts bodies
-    without heads. A request is in flight from the arrival of its last byte until the kernel has taken the response, so
-    `max_in_flight` shows a client's concurrency only under a latency: without one, small answers are immediate.
-    """
-
-    requests: Counter[str]
-    gets: Counter[tuple[str, str]]
-    bytes_sent: int
-    connections_open: int
-    connections_total: int
-    in_flight: int
-    max_in_flight: int
-
-    @property
-    def total(self) -> int:
-        return self.requests.total()
-
-
-@dataclass(frozen=True, slots=True)
-class LogNormal:
-    """Latencies as networks have them: half of them above `median` seconds, one in a hundred above `p99`."""
-
-    median: float
-    p99: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.median <= self.p99 < float("inf"):
-            raise ConfigurationError(f"{self!r}: the median lies above 0, and p99 not below it")
-
-    def draw(self, generator: random.Random) -> float:
-        """One of them, in seconds."""
-        return generator.lognormvariate(math.log(self.median), math.log(self.p99 / self.median) / _Z99)
-
-
-class _RateLimit:
-    """So many requests per second, and those of a tenth of a second more at once: a token bucket."""
-
-    def __init__(self, rate: float) -> None:
-        self._rate = rate
-        self._tokens = self._most = max(1.0, rate / 10)
-        self._filled = time.monotonic()
-
-    def refuses(self) -> bool:
-        """Whether a request that comes now is one too many."""
-        now = time.monotonic()
-        self._tokens = min(self._most, self._tokens + (now - self._filled) * self._rate)
-        self._filled = now
-        if self._tokens < 1:
-            return True
-        self._tokens -= 1
-        return False
-
-
-class _S3Service:
-    """The server proper; everything here runs on one event loop."""
-
-    def __init__(
-        self,
-        latency: float | LogNormal,
-        access: Access,
-        tls: tuple[str, str] | None,
-        rate_limit: float | None,
-    ) -> None:
-        self.latency = latency
-        self._tls = tls
-        self._rate_limit = _RateLimit(rate_limit) if rate_limit is not None else None
-        self._random = random.Random(0)
-        self._access = access
-        self._store = Store(access.region)
-        self._scripts = FaultScripts()
-        self._connections: set[Connection] = set()
-        self._connections_total = 0
-        self._requests: Counter[str] = Counter()
-        self._gets: Counter[tuple[str, bytes]] = Counter()
-        self._bytes_sent = 0
-        self._in_flight = 0
-        self._max_in_flight = 0
-        self._date = (0, b"")
-        self._all_closed = asyncio.Event()
-        self._stopping = False
-
-    async def start(self) -> str:
-        loop, context = asyncio.get_running_loop(), None
-        if self._tls is not None:
-            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(*self._tls, password="")
-        self._server = await loop.create_server(lambda: Connection(self), "127.0.0.1", 0, backlog=_BACKLOG, ssl=context)
-        scheme = "http" if context is None else "https"
-        return f"{scheme}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def stop(self) -> None:
-        self._stopping = True
-        self._server.close()
-        for connection in tuple(self._connections):
-            connection.abort()
-        while self._connections:
-            self._all_closed.clear()
-            await self._all_closed.wait()
-        await self._server.wait_closed()
-
-    def opened(self, connection: Connection) -> None:
-        self._connections.add(connection)
-        if self._stopping:
-            connection.abort()
-        self._connections_total += 1
-
-    def closed(self, connection: Connection) -> None:
-        self._connections.discard(connection)
-        self._all_closed.set()
-
-    def begin(self, request: Request) -> Fault | None:
-        operation = request.operation
-        self._requests[operation] += 1
-        if operation == "GET":
-            self._gets[request.bucket, request.key] += 1
-        self._in_flight += 1
-        if self._in_flight > self._max_in_flight:
-            self._max_in_flight = self._in_flight
-        if self._rate_limit is not None and self._rate_limit.refuses():
-            return _SLOW_DOWN
-        return self._scripts.take(operation, request.bucket, request.key)
-
-    def respond(self, request: Request) -> Response:
-        return respond(request, self._store, self._access)
-
-    def date_line(self) -> bytes:
-        now = int(time.time())
-        if now != self._date[0]:
-            self._date = now, f"Date: {http_date(now)}\r\n".encode()
-        return self._date[1]
-
-    def sent(self, body_bytes: int) -> None:
-        self._bytes_sent += body_bytes
-
-    def end(self) -> None:
-        self._in_flight -= 1
-
-    def delay(self) -> float:
-        """Seconds before the next answer."""
-        return self.latency if isinstance(self.latency, float) else self.latency.draw(self._random)
-
-    def set_latency(self, latency: float | LogNormal) -> None:
-        self.latency = latency
-
-    def create_bucket(self, name: str) -> None:
-        self._store.create_bucket(name)
-
-    def put_many(self, bucket: str, objects: dict[str, bytes]) -> list[str]:
-        return self._store.put_many(bucket, objects)
-
-    def delete(self, bucket: str, key: str) -> None:
-        self._store.delete(bucket, key)
-
-    def script(self, *args: Any) -> None:
-        self._scripts.add(*args)
-
-    def clear_scripts(self) -> None:
-        self._scripts.clear()
-
-    def snapshot(self) -> ServerStats:
-        gets = Counter({(bucket, key.decode("utf-8", "replace")): count for (bucket, key), count in self._gets.items()})
-        return ServerStats(
-            requests=Counter(self._requests),
-            gets=gets,
-            bytes_sent=self._bytes_sent,
-            connections_open=len(self._connections),
-            connections_total=self._connections_total,
-            in_flight=self._in_flight,
-            max_in_flight=self._max_in_flight,
-        )
-
-    def reset_counts(self) -> None:
-        self._requests.clear()
-        self._gets.clear()
-        self._bytes_sent = 0
-        self._connections_total = len(self._connections)
-        self._max_in_flight = self._in_flight
 
 
 class S3Server(Hosted):
     """Serve S3 from memory on a free loopback port, while the context is open.
 
     `with S3Server(latency=0.01) as server: server.endpoint` is `http://127.0.0.1:PORT`, path style. Any credentials do,
-    unless `credentials=(access key, secret key)` or `region` are given: then requests that name others are refused as
-    AWS refuses them (signatures are not checked). Every answer waits `latency` seconds, or as many as a `LogNormal`
-    says, to within about a millisecond, and does not hold up others. Of more than `rate_limit` requests per second the
-    rest are answered by 503 SlowDown, as S3 does, and are counted as well.
+    unless `credentials=(access key, secret key)`, or with a session token behind them, or `region` are given: then
+    requests that name others are refused as AWS refuses them. With `check_signatures=True` so are those whose
+    signature (Version 4, in headers or in the URL) is wrong, or whose time differs by more than a quarter of an hour
+    from that of the server, whose clock is `clock_skew` seconds ahead. Every answer waits `latency` seconds, or as many
+    as `LogNormal` or `Stragglers` say, to within about a millisecond, and does not hold up others. Of more than
+    `rate_limit` requests per second the rest are answered by 503 SlowDown, as S3 does, and are counted as well.
+    Connections on which nothing was asked for `idle_timeout` seconds are closed. With a `port` of its own, rather than
+    a free one, another server can take its place.
 
     With `tls=(certificate, key)`, the paths of two PEM files, it speaks TLS, and the endpoint begins with `https`.
     Clients trust it where `AWS_CA_BUNDLE` names the file of the authority that signed the certificate.
@@ -231,33 +40,64 @@ class S3Server(Hosted):
     def __init__(
         self,
         *,
-        latency: float | LogNormal = 0.0,
+        latency: Latency = 0.0,
         region: str | None = None,
-        credentials: tuple[str, str] | None = None,
+        credentials: Keys | None = None,
+        check_signatures: bool = False,
+        clock_skew: float = 0.0,
+        idle_timeout: float | None = None,
         tls: tuple[str | os.PathLike[str], str | os.PathLike[str]] | None = None,
         process: bool = False,
         rate_limit: float | None = None,
+        port: int = 0,
     ) -> None:
         super().__init__(process=process)
         if rate_limit is not None and not 0 < rate_limit < float("inf"):
             raise ConfigurationError(f"rate_limit is a number of requests per second, above 0, not {rate_limit!r}")
         self._rate_limit = rate_limit
-        self._latency = _checked_latency(latency)
-        self._access = Access(region, credentials)
+        if idle_timeout is not None and not 0 < idle_timeout < float("inf"):
+            raise ConfigurationError(f"idle_timeout is a number of seconds, above 0, not {idle_timeout!r}")
+        self._latency = checked(latency)
+        self._access = Access(region, credentials, check_signatures)
         self._tls = None if tls is None else _checked_tls(*tls)
+        self._idle_timeout, self._clock_skew, self._port = idle_timeout, clock_skew, port
 
     def _factory(self) -> Factory:
-        return partial(_S3Service, self._latency, self._access, self._tls, self._rate_limit)
+        options = self._rate_limit, self._idle_timeout, self._clock_skew, self._port
+        return partial(S3Service, self._latency, replace(self._access), self._tls, *options)
 
     @property
-    def latency(self) -> float | LogNormal:
+    def latency(self) -> Latency:
         """Seconds before each answer; an assignment holds for the requests that arrive after it."""
         return self._latency
 
     @latency.setter
-    def latency(self, seconds: float | LogNormal) -> None:
-        self._call("set_latency", _checked_latency(seconds))
+    def latency(self, seconds: Latency) -> None:
+        self._call("set_latency", checked(seconds))
         self._latency = seconds
+
+    @property
+    def clock_skew(self) -> float:
+        """Seconds by which the server's clock is ahead, or behind if negative; an assignment holds from then on."""
+        return self._clock_skew
+
+    @clock_skew.setter
+    def clock_skew(self, seconds: float) -> None:
+        self._call("set_clock_skew", seconds)
+        self._clock_skew = seconds
+
+    def change_certificate(self, certificate: str | os.PathLike[str], key: str | os.PathLike[str]) -> None:
+        """Show another certificate from now on, to those who connect."""
+        self._call("set_certificate", *_checked_tls(certificate, key))
+
+    def change_credentials(self, *credentials: str) -> None:
+        """Accept this access key and secret key (and session token) from now on, and none that were before.
+
+        Requests with the session token of those before are answered by `ExpiredToken`.
+        """
+        if len(credentials) not in (2, 3):
+            raise ConfigurationError("credentials are an access key, a secret key and perhaps a session token")
+        self._call("set_credentials", credentials)
 
     @property
     def stats(self) -> ServerStats:
@@ -284,6 +124,16 @@ class S3Server(Hosted):
         for batch in _batches(objects):
             etags += self._call("put_many", bucket, batch)
         return etags
+
+    def derive(self, bucket: str, count: int, size: int, *, prefix: str = "") -> None:
+        """Make a bucket of `count` objects of `size` bytes that take no memory, since they follow from their keys.
+
+        Their keys are the prefix and a number from 0 on, with zeros in front, as `f"{prefix}{number:06}"` for a
+        million. Each body is `body_of(key, size)`. What the bucket had is gone, and it takes nothing else.
+        """
+        if count < 1 or size < 0:
+            raise ConfigurationError(f"a bucket of {count} objects of {size} bytes cannot be")
+        self._call("derive", bucket, count, size, prefix)
 
     def delete(self, bucket: str, key: str) -> None:
         """Delete one object without HTTP; one that is not there is no error."""
@@ -314,12 +164,6 @@ class S3Server(Hosted):
     def clear_scripts(self) -> None:
         """Forget every script."""
         self._call("clear_scripts")
-
-
-def _checked_latency(latency: float | LogNormal) -> float | LogNormal:
-    if not isinstance(latency, LogNormal) and not 0 <= latency < float("inf"):
-        raise ConfigurationError(f"latency is a number of seconds, at least 0, not {latency!r}")
-    return latency if isinstance(latency, LogNormal) else float(latency)
 
 
 def _checked_tls(certificate: str | os.PathLike[str], key: str | os.PathLike[str]) -> tuple[str, str]:

@@ -32,6 +32,8 @@ class Request:
     headers: dict[bytes, bytes]
     operation: str
     body: bytes = b""
+    target: str = ""
+    """Path and query as they came."""
 
     @property
     def keeps_alive(self) -> bool:
@@ -58,7 +60,8 @@ def parse_head(head: bytes) -> Request:
     bucket, _, raw_key = path[1:].partition("/")
     key = unquote_to_bytes(raw_key) if "%" in raw_key else raw_key.encode()
     query = dict(parse_qsl(raw_query, keep_blank_values=True)) if raw_query else {}
-    return Request(method, bucket, key, query, headers, _operation(method, bucket, key, query))
+    operation = _operation(method, bucket, key, query)
+    return Request(method, bucket, key, query, headers, operation, target=target)
 
 
 def _parse_headers(lines: list[bytes]) -> dict[bytes, bytes]:
@@ -140,7 +143,7 @@ class ChunkedBody:
         return True
 
 
-def body_of(request: Request) -> Body | None:
+def body_reader(request: Request) -> Body | None:
     """Return the reader for the body that the request announces, or None when it has none."""
     if b"chunked" in request.headers.get(b"transfer-encoding", b"").lower():
         return ChunkedBody()
@@ -182,13 +185,21 @@ class Response:
     def _render(self) -> tuple[bytes, bytes, bool]:
         lines = [f"{name}: {value}\r\n" for name, value in self.headers.items()]
         measured = not self.closes and self.status not in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
-        if measured and not has_header(self.headers, "Content-Length"):
+        told = has_header(self.headers, "Content-Length") or has_header(self.headers, "Transfer-Encoding")
+        if measured and not told:
             lines.append(f"Content-Length: {len(self.body)}\r\n")
         lines.append("\r\n")
         status_line = f"HTTP/1.1 {self.status} {reason(self.status)}\r\n"
         rest = "".join(lines).encode("utf-8", "surrogateescape")
         self._parts = status_line.encode(), rest, has_header(self.headers, "Date")
         return self._parts
+
+
+def chunked(body: bytes, size: int, *, lie: int = 0, ends: bool = True) -> bytes:
+    """Frame a body in chunks of `size` bytes, each announced as `lie` bytes longer; without `ends`, not to the end."""
+    pieces = [body[start : start + size] for start in range(0, len(body), size)]
+    framed = b"".join(b"%x\r\n%b\r\n" % (max(0, len(piece) + lie), piece) for piece in pieces)
+    return framed + b"0\r\n\r\n" if ends else framed
 
 
 def has_header(headers: dict[str, str], name: str) -> bool:

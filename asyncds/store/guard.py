@@ -1,0 +1,88 @@
+"""What a client of aiobotocore may not do: follow redirects, trust any host's name, read answers without end."""
+
+import inspect
+import ssl
+from functools import partial
+from typing import Any
+
+import aiohttp
+
+from asyncds.errors import StoreError
+
+__all__ = ["guard"]
+
+_LONGEST_DOCUMENT = 16 << 20  # that is no object: a page of a listing has up to 1,000 keys, of 1 KiB
+_UNGUARDED = "this version of aiobotocore cannot be guarded: install one from 2.25.1 on, below 4"
+
+
+def guard(client: Any) -> None:
+    """Never send a signed request, and a session token with it, to anybody but the endpoint.
+
+    aiohttp follows a `Location` to wherever it points, and aiobotocore has no switch for that, up to 3.10 at least; so
+    every session of the client gets a trace that raises when it is about to. It reads headers as UTF-8 only, and loses
+    the connection of an answer that has others; so these are made so before. aiobotocore before 3.9 does not compare
+    the host's name with its certificate; so its TLS contexts are told to. Raises `StoreError` where there is nothing to
+    attach that to, here or when the first request is to be sent.
+    """
+    http_session: Any = getattr(getattr(client, "_endpoint", None), "http_session", None)
+    get_session = getattr(http_session, "_get_session", None)
+    code = getattr(inspect.unwrap(getattr(type(http_session), "send", guard)), "__code__", None)
+    if get_session is None or "_get_session" not in getattr(code, "co_names", ()):  # whose sessions are used by `send`
+        raise StoreError(_UNGUARDED)
+    verify = getattr(http_session, "_verify", True)
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(_refuse_redirect)
+    trace.on_request_end.append(_make_readable)
+    trace.freeze()
+
+    async def guarded(proxy: str | None) -> aiohttp.ClientSession:
+        session: aiohttp.ClientSession = await get_session(proxy)
+        if trace not in session.trace_configs:
+            session.trace_configs.append(trace)
+        context = getattr(session.connector, "_ssl", None)
+        if verify and isinstance(context, ssl.SSLContext):
+            context.check_hostname = True
+        elif verify:
+            raise StoreError(_UNGUARDED)
+        if trace not in session.trace_configs:  # it was a copy
+            raise StoreError(_UNGUARDED)
+        return session
+
+    http_session._get_session = guarded
+
+
+async def _refuse_redirect(session: object, context: object, request: aiohttp.TraceRequestRedirectParams) -> None:
+    place = request.response.headers.get("Location", "")
+    raise StoreError(f"{request.url.host} redirects to {place[:200]!r}: refused; check the endpoint")
+
+
+async def _make_readable(session: object, context: object, end: aiohttp.TraceRequestEndParams) -> None:
+    """Rewrite headers that are no UTF-8, as ISO 8859-1 (RFC 9110, 5.5), and bound what is read as a whole."""
+    response: Any = end.response
+    response.read = partial(_read_document, response)
+    headers = getattr(response, "_raw_headers", None)  # the property without the underscore keeps what it once gave
+    if headers is None:
+        response.close()
+        raise StoreError("this version of aiohttp cannot be guarded: install one from 3.10 on")
+    try:
+        b"".join(value for _, value in headers).decode()
+    except UnicodeDecodeError:
+        response._raw_headers = tuple((name, value.decode("latin-1").encode()) for name, value in headers)
+
+
+async def _read_document(response: Any) -> bytes:
+    """Read an answer that is no object, in place of aiohttp, which reads whatever comes."""
+    if response._body is None:
+        pieces = bytearray()
+        try:
+            async for piece in response.content.iter_any():
+                pieces += piece
+                if len(pieces) > _LONGEST_DOCUMENT:
+                    limit = f"{_LONGEST_DOCUMENT >> 20} MiB"
+                    raise StoreError(f"{response.host} answers with more than {limit}; check that it is an S3 server")
+        except BaseException:
+            response.close()
+            raise
+        response._body = bytes(pieces)
+    body: bytes = response._body
+    return body

@@ -1,0 +1,76 @@
+"""Fixtures for the tests of those who use asyncds: pytest finds them wherever asyncds is installed.
+
+Every run of pytest in such an environment loads this module, so what it needs is imported by the fixtures.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from asyncds.testing.server import S3Server
+
+__all__ = ["asyncds_bucket", "asyncds_environment", "asyncds_s3", "asyncds_s3_process"]
+
+_KEYS = "AKIAEXAMPLE", "secret-of-the-tests"
+_FAMILIES = ("AWS_", "MINIO_", "ASYNCDS_")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
+@pytest.fixture
+def asyncds_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No `AWS_*`, `MINIO_*` or `ASYNCDS_*` of the developer, no profile and no proxy; and a cache for this test alone.
+
+    It is `tmp_path / "asyncds-cache"`. A `.env` file of the working directory still counts.
+    """
+    for name in list(os.environ):
+        if name.startswith(_FAMILIES) or name.lower() in _PROXIES:
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+    monkeypatch.setenv("ASYNCDS_CACHE_DIR", str(tmp_path / "asyncds-cache"))
+
+
+@pytest.fixture
+def asyncds_s3(asyncds_environment: None, monkeypatch: pytest.MonkeyPatch) -> Iterator["S3Server"]:
+    """A running `asyncds.testing.S3Server` without buckets, to which the variables of the environment point.
+
+    It knows one pair of keys, which the environment has, checks signatures, and ends with the test.
+    """
+    yield from _served(monkeypatch, process=False)
+
+
+@pytest.fixture
+def asyncds_s3_process(asyncds_environment: None, monkeypatch: pytest.MonkeyPatch) -> Iterator["S3Server"]:
+    """As `asyncds_s3`, in a process of its own: for tests that fork (workers of a loader), or that compare times."""
+    yield from _served(monkeypatch, process=True)
+
+
+@pytest.fixture
+def asyncds_bucket(asyncds_s3: "S3Server") -> Callable[..., str]:
+    """Make a bucket of the server of `asyncds_s3`, and return its URI.
+
+    `asyncds_bucket()` makes an empty one, each call another; `asyncds_bucket({"a.txt": b"a"})` one with these objects.
+    """
+    names = (f"bucket-{number}" for number in range(1, 1 << 30))
+
+    def make(objects: dict[str, bytes] | None = None) -> str:
+        name = next(names)
+        asyncds_s3.put_many(name, objects or {})
+        return f"s3://{name}/"
+
+    return make
+
+
+def _served(monkeypatch: pytest.MonkeyPatch, *, process: bool) -> Iterator["S3Server"]:
+    from asyncds.testing.server import S3Server
+
+    with S3Server(credentials=_KEYS, check_signatures=True, process=process) as server:
+        variables = "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"
+        for name, value in zip(variables, (server.endpoint, *_KEYS, "us-east-1"), strict=True):
+            monkeypatch.setenv(name, value)
+        yield server
