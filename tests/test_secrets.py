@@ -225,7 +225,10 @@ async def test_fetcher(outputs, store, lane):
         outputs.add("repr", f"{fetcher!r} {client!r}")
 
 
-REPEATED = f"<Error><Code>SignatureDoesNotMatch</Code><Message>The signature does not match.</Message><CanonicalRequest>GET\n/\n\nx-amz-security-token:{CANARIES['AWS_SESSION_TOKEN']}\n</CanonicalRequest></Error>".encode()
+REPEATED = (
+    "<Error><Code>SignatureDoesNotMatch</Code><Message>The signature does not match.</Message><CanonicalRequest>"
+    f"GET\n/\n\nx-amz-security-token:{CANARIES['AWS_SESSION_TOKEN']}\n</CanonicalRequest></Error>"
+).encode()
 FAULTS = {
     "403": Fault.status(403),
     "403 that repeats what was signed": Fault.status(403, body=REPEATED),
