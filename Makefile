@@ -11,10 +11,11 @@ TOXIPROXY := github.com/Shopify/toxiproxy/v2/cmd/server@v2.5.0
 export PATH := $(SERVERS):$(PATH)
 BRINGING := store fetcher express large dataset failures errors bad_input
 USING := workers life processes lookahead ranks cli vision
+SOAK_S ?= 60
 PARALLEL := --numprocesses 2 --dist worksteal
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint test-newest test-oldest test-full-lane test-thorough bench bench-peers servers clean
+.PHONY: help demo test lint test-newest test-oldest test-full-lane test-thorough soak bench bench-peers servers clean
 
 help:
 	@echo "make demo    train on handwritten digits from a local S3 server, and see the difference"
@@ -22,6 +23,7 @@ help:
 	@echo "make test-thorough  what varies these at length, and Lightning and Accelerate (ten minutes more)"
 	@echo "make bench   cold and warm epochs beside one request per sample, and beside local files; memory; tables"
 	@echo "make bench-peers  the same beside other libraries, in environments of their own, and one GET by itself"
+	@echo "make soak    a minute of training through faults of network, disk and processes at random; SOAK_S=3600 for an hour"
 	@echo "make servers  build MinIO and toxiproxy from source, which takes Go and some minutes; their tests are skipped otherwise"
 	@echo "make clean   delete the environments"
 
@@ -50,6 +52,9 @@ test-thorough: $(VENV)/.test
 	$(BIN)/python $(PIP) --editable '.[test,frameworks]'
 	$(BIN)/python -m pytest $(PARALLEL) -m thorough
 	$(BIN)/python -m pytest $(PARALLEL) --lane full $(addprefix tests/test_,$(addsuffix .py,$(USING)))
+
+soak: $(VENV)/.test
+	$(BIN)/python tests/soak.py --seconds $(SOAK_S)
 
 bench: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/epochs.py
