@@ -25,7 +25,7 @@ from soaking.server import BUCKET, SoakServer
 
 CACHE_SIZE = "150MB"
 _PATIENCE_S = trainer.DEADLINE_S + 15  # beyond the end of a round: for objects in their retries, and workers to end
-_GONE_WITHIN_S = 12.0  # torch's workers look for their parent every five seconds
+_GONE_WITHIN_S = 30.0  # torch's workers look for their parent every five seconds, and the machine may be busy
 _OUTAGE_S = 0.7
 _BE_SUBREAPER = 36  # see prctl(2)
 _ENVIRONMENT = {
