@@ -7,13 +7,15 @@ OLDEST := $(abspath $(VENV))-oldest
 PEERS ?= $(abspath $(VENV))-peers
 SERVERS := $(abspath $(VENV))-servers
 MINIO := github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c
+TOXIPROXY := github.com/Shopify/toxiproxy/v2/cmd/server@v2.5.0
 export PATH := $(SERVERS):$(PATH)
 BRINGING := store fetcher express large dataset failures errors bad_input
 USING := workers life processes lookahead ranks cli vision
+SOAK_S ?= 60
 PARALLEL := --numprocesses 2 --dist worksteal
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint test-newest test-oldest test-full-lane test-thorough bench bench-peers servers clean
+.PHONY: help demo test lint test-newest test-oldest test-full-lane test-thorough soak bench bench-peers servers clean
 
 help:
 	@echo "make demo    train on handwritten digits from a local S3 server, and see the difference"
@@ -21,7 +23,8 @@ help:
 	@echo "make test-thorough  what varies these at length, and Lightning and Accelerate (ten minutes more)"
 	@echo "make bench   cold and warm epochs beside one request per sample, and beside local files; memory; tables"
 	@echo "make bench-peers  the same beside other libraries, in environments of their own, and one GET by itself"
-	@echo "make servers  build MinIO from source, which takes Go and some minutes; what then runs on it is skipped otherwise"
+	@echo "make soak    a minute of training through faults of network, disk and processes at random; SOAK_S=3600 for an hour"
+	@echo "make servers  build MinIO and toxiproxy from source, which takes Go and some minutes; their tests are skipped otherwise"
 	@echo "make clean   delete the environments"
 
 demo: $(VENV)/.demo
@@ -50,6 +53,9 @@ test-thorough: $(VENV)/.test
 	$(BIN)/python -m pytest $(PARALLEL) -m thorough
 	$(BIN)/python -m pytest $(PARALLEL) --lane full $(addprefix tests/test_,$(addsuffix .py,$(USING)))
 
+soak: $(VENV)/.test
+	$(BIN)/python tests/soak.py --seconds $(SOAK_S)
+
 bench: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/epochs.py
 	$(BIN)/python tests/benchmarks/memory.py
@@ -68,11 +74,15 @@ bench-peers: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/lanes.py --environments $(PEERS)
 	$(BIN)/python tests/benchmarks/peers.py --environments $(PEERS)
 
-servers: $(SERVERS)/minio
+servers: $(SERVERS)/minio $(SERVERS)/toxiproxy-server
 
 # The community's MinIO is distributed as source.
 $(SERVERS)/minio:
 	GOBIN=$(SERVERS) go install $(MINIO)
+
+$(SERVERS)/toxiproxy-server:
+	GOBIN=$(SERVERS) go install $(TOXIPROXY)
+	mv $(SERVERS)/server $@
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(PEERS) $(SERVERS)

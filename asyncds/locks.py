@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class Locks:
         self.path = path
         self._guard = threading.RLock()  # the garbage collector may come by, and release something
         self._descriptor = -1
+        self._close: Callable[[], object] = lambda: None
         self._pid = 0
         self.generation = 0  # how often everything that was held has been lost
         _all.add(self)
@@ -90,7 +91,8 @@ class Locks:
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(self._descriptor), os.stat(self.path)):
                     return
-            self._descriptor, self._held = -1, {}  # the old one is closed together with this object
+            self._close()  # or each time that the folder is deleted costs this process a descriptor, for good
+            self._descriptor, self._held = -1, {}
             self.generation += 1
 
     def _mine(self) -> dict[int, int]:
@@ -100,7 +102,8 @@ class Locks:
         if self._descriptor < 0 and self.path is not None:
             with contextlib.suppress(OSError):
                 self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-                weakref.finalize(self, os.close, self._descriptor).atexit = False
+                close = self._close = weakref.finalize(self, os.close, self._descriptor)
+                close.atexit = False
         return self._held
 
     def _lock(self, how: int, offset: int) -> bool:

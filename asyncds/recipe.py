@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from asyncds.errors import ConfigurationError
@@ -28,7 +28,7 @@ class StoreRecipe:
     unsigned: bool = False
     path_style: bool | None = None
     profile: str | None = None
-    session_factory: Callable[[], Any] | None = None
+    session_factory: Callable[[], Any] | None = field(default=None, repr=False)  # a partial shows its arguments
     store: ObjectStore | None = None
 
     @classmethod

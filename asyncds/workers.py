@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import sys
+from multiprocessing import util
 from multiprocessing.synchronize import Event
 from typing import Any
 
@@ -12,6 +13,7 @@ from asyncds.errors import DatasetClosed
 __all__ = ["SECONDS_BETWEEN_CHECKS", "insist_on_a_loader", "is_worker", "settle_in", "spare_the_collector", "workers"]
 
 SECONDS_BETWEEN_CHECKS = 0.2
+_BEFORE_QUEUES = 0  # multiprocessing waits for those at -5; at 90 and above datasets are closed
 _settled = 0
 
 
@@ -41,6 +43,8 @@ def settle_in() -> None:
     global _settled
     if _settled != os.getpid():
         _settled = os.getpid()
+        if is_worker():
+            util.Finalize(None, _leave_no_orphan, exitpriority=_BEFORE_QUEUES)
         spare_the_collector()
 
 
@@ -54,9 +58,20 @@ def insist_on_a_loader() -> None:
     # What torch tells its workers by is an argument of their loop, and has no other way here.
     arguments = getattr(multiprocessing.current_process(), "_args", ())
     left = next((argument for argument in arguments if isinstance(argument, Event)), None)
-    parent = multiprocessing.parent_process()
-    if (left is not None and left.is_set()) or (parent is not None and not parent.is_alive()):
+    if (left is not None and left.is_set()) or _is_orphan():
         raise DatasetClosed("the loader that this worker reads for is gone")
+
+
+def _is_orphan() -> bool:
+    parent = multiprocessing.parent_process()
+    return parent is not None and not parent.is_alive()
+
+
+def _leave_no_orphan() -> None:
+    """End a worker whose parent has died, instead of waiting until somebody takes its last batch: a pipe holds 64 KiB
+    of it, and nobody will read that."""
+    if _is_orphan():
+        os._exit(1)
 
 
 def _info() -> Any:

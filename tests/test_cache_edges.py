@@ -450,6 +450,17 @@ def test_what_each_cache_of_a_process_holds_is_held_again_once_its_folder_was_de
     child("fork", take_nothing, cache.directory, ["a", "b"], b"o" * 16)
 
 
+def test_folder_that_is_deleted_again_and_again_costs_no_descriptors(cache):
+    cache.hold("a")
+    held = []
+    for number in range(4):
+        stored(cache, some(f"{number}", 2))
+        assert cache.claim(b"o" * 16)
+        held.append(len(os.listdir("/dev/fd")))
+        shutil.rmtree(cache.directory)
+    assert held == [held[0]] * 4
+
+
 def test_dataset_is_pickled_for_a_spawned_process_after_its_folder_was_deleted(tmp_path):
     from asyncds import CachedS3MapDataset, S3Reader
 

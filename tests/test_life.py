@@ -78,6 +78,11 @@ def wait_for_requests(server: S3Server, count: int) -> None:
         pass
 
 
+def wait_for_requests_made(server: S3Server, count: int) -> None:
+    while server.stats.requests["GET"] < count:  # for as long as the test has time
+        pass
+
+
 def our_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("asyncds")]
 
@@ -465,6 +470,17 @@ def test_workers_whose_parent_was_killed_end(stalled):
         script.process.kill()
         seconds, *_ = script.end()
     assert seconds < PROMISED_S
+
+
+def test_workers_whose_parent_was_killed_end_with_batches_that_nobody_takes(bucket):
+    """A pipe holds 64 KiB of them."""
+    script = ORPHANS.replace('methodcaller("read")', "lambda file: bytes(1 << 20)")
+    with Told(script.replace("list(iterator)", "next(iterator), sys.stdin.read()")) as told:
+        assert len(told.next()["workers"]) == 2
+        wait_for_requests_made(bucket, 4 * BATCH)  # of what the loader asks for in advance, beyond the first batch
+        told.process.kill()
+        seconds, *_ = told.end()
+    assert seconds < ENOUGH_S
 
 
 # What has arrived waits for the writer, until the process is about to end.

@@ -30,6 +30,7 @@ from asyncds.store.connection import Connection
 from asyncds.store.guard import guard
 from asyncds.store.integrity import HowVerified, can_verify, compare_md5
 from asyncds.store.lean import Credentials, LeanLane, Why
+from asyncds.store.masking import mask_logs
 from asyncds.store.pages import read_pages_first
 from asyncds.store.translate import has_expired, status_error, translate
 from asyncds.store.wire import Answer, Body, BrokenConnection, Pace
@@ -428,6 +429,7 @@ class S3Store:
         return self._client
 
     async def _open(self) -> None:
+        mask_logs()
         session = self._session()
         make = getattr(session, "create_client", None) or session.client
         context = make("s3", **self._client_arguments(session))

@@ -1,0 +1,1 @@
+"""Training through faults at random: what `tests/soak.py` is made of."""

@@ -1,0 +1,113 @@
+"""What happens in a soak, round by round: a plan that follows from its seed."""
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ROUND_S = 6.0
+_FAULTY = {"cheap": 0.6, "slow": 0.001, "late": 0.02}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """Some seconds with the same kinds of trouble; in each, two processes train on the same cache.
+
+    `shares` is the share of requests that meet a fault of each part of the server's menu. `mangles` are the ways in
+    which the cache's folder is damaged meanwhile. `options` are those of the dataset, `loading` those of its loader.
+    """
+
+    number: int
+    kind: str
+    seed: int
+    seconds: float
+    shares: Mapping[str, float]
+    options: Mapping[str, Any]
+    loading: Mapping[str, Any]
+    mangles: tuple[str, ...] = ()
+    kills: bool = False
+    outage: bool = False
+    file_size: int | None = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what the cache has taken stays there: then nothing is asked for twice without a reason."""
+        limited = self.options.get("cache_read_only") or "cache_size" in self.options
+        return not (self.mangles or self.file_size is not None or limited)
+
+    @property
+    def may_fail(self) -> bool:
+        """Whether a sample may be an error: one that the store says is final, or the end of a worker."""
+        return self.kills or self.shares.get("final", 0) > 0
+
+
+VALUES = ("cut a file", "empty a file", "flip a bit of a file", "delete a file", "flip a bit of a row")
+INDEX = ("flip bits of the index", "cut the index", "garbage for an index", "delete the index")
+FOLDER = ("delete the folder",)
+_FINAL = _FAULTY | {"final": 0.002}
+
+# What each kind of round has beside the usual, which is faults of the network that a retry mends.
+KINDS: dict[str, dict[str, Any]] = {
+    "network": {},
+    "everything": {"kills": True, "outage": True, "mangles": VALUES + INDEX + FOLDER, "shares": _FINAL},
+    "final errors": {"shares": _FINAL},
+    "kills": {"kills": True},
+    "values": {"mangles": VALUES},
+    "outage": {"outage": True},
+    "index": {"mangles": INDEX},
+    "no cache": {"options": {"cache_size": "1B"}},
+    "folder": {"mangles": FOLDER},
+    "full disk": {"file_size": 100_000},
+    "small cache": {"options": {"cache_size": "1MB"}},
+    "read-only": {"options": {"cache_read_only": True}},
+}
+
+
+def plan(seed: int, seconds: float) -> Iterator[Round]:
+    """Yield rounds of all kinds in turn, for so many seconds together."""
+    chance = random.Random(seed)
+    count = max(2, round(seconds / ROUND_S))
+    names = list(KINDS)
+    for number in range(count):
+        kind = names[number % len(names)]
+        yield drawn(chance, number, kind, seconds / count)
+
+
+def drawn(chance: random.Random, number: int, kind: str, seconds: float) -> Round:
+    """Draw what the kind leaves open."""
+    own = dict(KINDS[kind])
+    md5 = chance.random() < 0.5
+    shares = dict(own.pop("shares", _FAULTY)) | ({"flipped": 0.05} if md5 else {})
+    if seconds < ROUND_S / 2:
+        del shares["slow"]  # a stall takes as long as a timeout
+    options = {
+        "lane": chance.choices(["auto", "full"], [9, 1])[0],
+        "verify_md5": md5,
+        "concurrency": chance.choices([16, 64, 256, "auto"], [1, 4, 4, 3])[0],
+        "decode_threads": chance.choice([0, 0, 2]),
+        "on_error": chance.choice(["raise", "raise", "replace", "skip"]) if "final" in shares else "raise",
+    }
+    workers = chance.choice([1, 2]) if own.get("kills") else chance.choice([0, 0, 1, 2])
+    loading = {
+        "batch_size": chance.choice([8, 32, 100]),
+        "num_workers": workers,
+        "reads_ahead": chance.random() < 0.7,
+    }
+    if workers:
+        # A spawned worker takes seconds to import torch, so that only long rounds are worth its while. One whose
+        # training process is killed meanwhile is never ended by torch, which then takes its new parent for the first.
+        spawns = seconds >= ROUND_S / 2 and not own.get("kills") and chance.random() < 0.15
+        loading |= {
+            "multiprocessing_context": "spawn" if spawns else "fork",
+            "persistent_workers": chance.random() < 0.5,
+        }
+    return Round(
+        number=number,
+        kind=kind,
+        seed=chance.getrandbits(32),
+        seconds=seconds,
+        shares=shares,
+        options=options | own.pop("options", {}),
+        loading=loading,
+        **own,
+    )
