@@ -38,7 +38,8 @@ _ADD = _INSERT + _ROW + _UPSERT
 _ROWS_AT_ONCE = 32  # of 7 variables each
 _ADD_MANY = _INSERT + ", ".join([_ROW] * _ROWS_AT_ONCE) + _UPSERT
 _PATIENCE_MS = 5000  # that a writer has with another one, which may have been stopped
-_DAMAGE = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR}  # the last: a table is not there
+_SHORTER = sqlite3.SQLITE_IOERR_SHORT_READ  # than its own header says, while somebody else makes it so
+_DAMAGE = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, _SHORTER, sqlite3.SQLITE_ERROR}  # the last: it lacks a table
 _LACKS = ("no such table", "no such column", "malformed database schema", "has no column named")
 _BROKEN = {
     sqlite3.SQLITE_NOTADB,
@@ -160,4 +161,6 @@ def is_damage(error: Exception) -> bool:
         return False
     if code is None:  # Python's own
         return "Could not decode" in str(error)
-    return code & 0xFF in _BROKEN or (code == sqlite3.SQLITE_ERROR and any(text in str(error) for text in _LACKS))
+    if code == sqlite3.SQLITE_ERROR:
+        return any(text in str(error) for text in _LACKS)
+    return code & 0xFF in _BROKEN or code == _SHORTER

@@ -10,7 +10,7 @@ from typing import Any
 from asyncds.testing import Fault, S3Server
 from asyncds.testing.connection import Connection
 from asyncds.testing.host import Factory
-from asyncds.testing.server import _S3Service
+from asyncds.testing.service import S3Service
 from asyncds.testing.wire import Request
 from soaking.objects import body, keys, size_of
 
@@ -61,7 +61,7 @@ MENU: dict[str, dict[str, Draw]] = {"cheap": CHEAP, "slow": SLOW, "flipped": FLI
 _OF_LISTINGS = ("status 500", "status 503", "status 429", "reset before the status", "closed at any byte")
 
 
-class DrawingService(_S3Service):
+class DrawingService(S3Service):
     """The server proper. Objects under a prefix are there from its first listing on."""
 
     def __init__(self, seed: int, *arguments: Any, **options: Any) -> None:
