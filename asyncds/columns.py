@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-__all__ = ["Columns", "affixed", "hashes", "in_chunks", "joined", "same", "taken"]
+__all__ = ["Columns", "hashes", "in_chunks", "joined", "made_of", "same", "taken"]
 
 Columns = dict[str, NDArray[Any]]
 _CHUNK = 1 << 16
@@ -79,15 +79,31 @@ def joined(tables: Sequence[Columns]) -> Columns:
 # keys
 
 
-def affixed(columns: Columns, rows: slice, start: bytes, end: bytes) -> NDArray[np.bool_]:
-    """Which of these rows have a key that begins and ends so, without the two overlapping."""
+def made_of(columns: Columns, rows: slice, pieces: Sequence[bytes]) -> NDArray[np.bool_]:
+    """Which of these rows have a key that is these pieces, in this order, with anything in between."""
     ends = columns["ends"][rows.start : rows.stop + 1].astype(np.int64)
-    fits = np.diff(ends) >= len(start) + len(end)
+    data, ends = columns["keys"][ends[0] : ends[-1]], ends - ends[0]
+    start, *between, end = pieces if len(pieces) > 1 else (*pieces, b"")
+    lengths, least = np.diff(ends), len(start) + len(end)
+    fits: NDArray[np.bool_] = lengths >= least if len(pieces) > 1 else lengths == least
     for text, places in ((start, ends[:-1]), (end, ends[1:] - len(end))):
         for offset, byte in enumerate(text):
             left = np.flatnonzero(fits)
-            fits[left] = columns["keys"][places[left] + offset] == byte
+            fits[left] = data[places[left] + offset] == byte
+    after, until = ends[:-1] + len(start), ends[1:] - len(end)
+    for text in filter(None, between):  # each as early as it can be: then there is most room for those that follow
+        found = np.append(_occurrences(data, text), len(data))
+        after = found[np.minimum(np.searchsorted(found, after), len(found) - 1)] + len(text)
+        fits &= after <= until
     return fits
+
+
+def _occurrences(data: NDArray[np.uint8], text: bytes) -> NDArray[np.int64]:
+    """Where this text begins."""
+    found = np.flatnonzero(data[: max(0, len(data) - len(text) + 1)] == text[0])
+    for offset, byte in enumerate(text[1:], 1):
+        found = found[data[found + offset] == byte]
+    return found
 
 
 def same(one: Columns, rows: NDArray[np.int64], other: Columns, their_rows: NDArray[np.int64]) -> bool:

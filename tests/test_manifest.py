@@ -407,6 +407,14 @@ def test_sum_with_something_else_is_a_type_error():
 
 
 GLOBS = st.text(st.sampled_from("ab*?[]!é"), max_size=5)
+STARS = st.lists(st.sampled_from(["a", "b", "ab", "ba", "é", "*"]), max_size=7).map("".join)
+
+
+@QUICK
+@given(st.lists(st.text(st.sampled_from("abé"), max_size=12), max_size=20), STARS)
+def test_filter_fits_any_number_of_stars(keys, match):
+    found = [info.key for info in table(objects(*keys)).filter(match)]
+    assert found == [key for key in keys if fnmatchcase(key, match)]
 
 
 @QUICK
