@@ -41,7 +41,8 @@ async def list_store(
 
     Of a store that can begin behind a key (`Pages`); any other, a listing with a `limit`, and a directory bucket (S3
     Express, which is in no order) are read one page after the other. Takes at most a quarter more requests than that
-    and `at_once` + 5 more, and none more where all is on one page. A failing page fails the listing, once all others
+    and `at_once` + 5 more, and none more where all is on one page. `progress` is called after each answer with its
+    number of keys; with less than none, if the listing begins anew. A failing page fails the listing, once all others
     have ended.
     """
     counted = 0
@@ -165,6 +166,7 @@ class _Listing:
         folders: Sequence[str] = [self._prefix]
         for _ in range(_LEVELS):
             folders = await self._store.folders(self._bucket, folders[0])
+            self._progress(0)
             if len(folders) != 1:
                 break
         return sorted(folders)

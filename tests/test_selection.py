@@ -241,6 +241,26 @@ async def test_cancelled_warm_of_a_fetcher_keeps_what_arrived(tmp_path):
     assert set(store.gets.values()) == {1}
 
 
+async def test_what_another_brings_meanwhile_is_counted_apart(tmp_path):
+    store, cache = FakeStore({("b", key): key.encode() for key in KEYS}), Cache(tmp_path)
+    store.gates = {KEYS[0]: asyncio.Event()}
+    infos = [store.info("b", key) for key in KEYS]
+    options = {"concurrency": 9, "retry": Retry(1, deadline=20, first_contact=5)}
+    async with Fetcher(store, cache, **options) as other, Fetcher(store, Cache(tmp_path), **options) as fetcher:
+        bringing = asyncio.create_task(other.get(infos[0]))
+        while not store.in_flight:  # for as long as the test has time
+            await asyncio.sleep(0)
+        warming = asyncio.create_task(fetcher.warm(infos))
+        while len(cache) < len(KEYS) - 1:
+            await asyncio.sleep(0)
+        store.gates[KEYS[0]].set()
+        report, _ = await asyncio.gather(warming, bringing)
+    assert (report.resident, report.fetched, report.shared) == (0, len(KEYS) - 1, 1)
+    assert report.bytes == sum(len(key) for key in KEYS)
+    assert "5 objects: 0 were cached, 4 fetched, 1 brought by others (" in str(report)
+    assert set(store.gets.values()) == {1}
+
+
 async def test_fetcher_without_a_cache_has_nothing_to_warm():
     store = FakeStore({("b", "k"): b"x"})
     async with Fetcher(store, None, concurrency=2, retry=Retry(1, deadline=20, first_contact=5)) as fetcher:
