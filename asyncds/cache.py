@@ -354,16 +354,19 @@ class Cache:
         """
         return 0 if self.read_only else self._sweeper.sweep()
 
-    def check(self, *, fix: bool = False) -> dict[str, list[str]]:
+    def check(
+        self, *, fix: bool = False, advance: Callable[[int], object] = lambda count: None
+    ) -> dict[str, list[str]]:
         """Compare everything that the cache claims with its folder, and return problems by kind (`audit.PROBLEMS`).
 
         Reads every value. An empty dict means that all is well. Others may use the cache meanwhile: what they are
         writing is no problem. `fix` removes what is damaged, missing or litter, and corrects accounting and
-        permissions; what is foreign is never touched. The problems that were found are returned in any case.
+        permissions; what is foreign is never touched. The problems that were found are returned in any case. `advance`
+        is told how many more entries have been looked at.
         """
         if fix and self.read_only:
             raise CacheError(f"{self.directory} is read-only: nothing in it can be mended")
-        problems = audit.check(self._folder, self._is_sound)
+        problems = audit.check(self._folder, self._is_sound, advance)
         if fix and problems:
             try:
                 audit.fix(self._folder, problems)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from asyncds import S3Reader
 from asyncds.cache import Cache
 from asyncds.dataset import CachedS3MapDataset
 from asyncds.entry import NewEntry
@@ -65,6 +67,22 @@ def test_quiet_warm_prints_nothing(bucket):
     assert run("warm", "s3://mnist/train", "--quiet") == (0, "", "")
 
 
+def drawn_by(*arguments: str) -> bytes:
+    """What a command that ends well draws in a terminal."""
+    reader, writer = os.openpty()
+    with start(*arguments, stderr=writer) as process:
+        os.close(writer)
+        drawn = b""
+        try:
+            while chunk := os.read(reader, 4096):
+                drawn += chunk
+        except OSError:  # how Linux says that nobody writes to the terminal any more
+            pass
+        os.close(reader)
+    assert process.returncode == 0
+    return drawn
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -75,17 +93,7 @@ def test_quiet_warm_prints_nothing(bucket):
     ],
 )
 def test_warm_draws_a_bar_in_a_terminal(bucket, arguments, expected):
-    reader, writer = os.openpty()
-    with start("warm", "s3://mnist/train/", *arguments, stderr=writer) as process:
-        os.close(writer)
-        drawn = b""
-        try:
-            while chunk := os.read(reader, 4096):
-                drawn += chunk
-        except OSError:  # how Linux says that nobody writes to the terminal any more
-            pass
-        os.close(reader)
-    assert process.returncode == 0
+    drawn = drawn_by("warm", "s3://mnist/train/", *arguments)
     assert [text in drawn for text in expected] == [True] * len(expected)
     assert bool(drawn) == bool(expected)
 
@@ -183,7 +191,7 @@ def test_warm_takes_several_uris_and_goes_on_after_one_that_fails(bucket):
     failed, train, test = json.loads(output)["datasets"]
     assert (failed["uri"], "the bucket does not exist" in failed["error"]) == ("s3://no-such-bucket/x", True)
     assert (train["fetched"], test["fetched"]) == (30, 1)
-    keys = ["uri", "objects", "resident", "fetched", "bytes", "uncached", "failures", "seconds"]
+    keys = ["uri", "objects", "resident", "fetched", "shared", "bytes", "uncached", "failures", "seconds"]
     assert list(train) == keys
 
 
@@ -212,8 +220,16 @@ def test_dry_run_says_what_it_would_take_and_gets_nothing(bucket):
     (plan,) = document["datasets"]
     assert document["dry_run"]
     assert list(plan) == ["uri", "objects", "resident", "lists", "gets", "bytes", "room", "seconds"]
+    assert plan["lists"] == 1
     assert plan["bytes"] == sum(9 * len(key) for key in KEYS if "/1/" not in key)
     assert bucket.stats.requests["GET"] == 0
+
+
+def test_dry_run_counts_the_requests_that_listing_took(bucket):
+    bucket.put_many("mnist", {f"many/{place % 9}/{place:05}": b"x" for place in range(4000)})
+    (plan,) = json_of("warm", "s3://mnist/many/", "--dry-run")["datasets"]
+    assert (plan["objects"], plan["lists"]) == (4000, bucket.stats.requests["LIST"])
+    assert plan["lists"] > 4, "folders were asked for, too"
 
 
 def test_bucket_that_forbids_listing_is_warmed_by_a_manifest(bucket, tmp_path):
@@ -328,11 +344,34 @@ def test_verify_finds_and_mends(bucket, tmp_path):
     folder = Settings().cache_dir / "asyncds" / "objects" / "ab"
     folder.mkdir(0o700, exist_ok=True)
     (folder / f"{0:030x}.tmp").touch(0o600)
+    foreign = [Settings().cache_dir / "asyncds" / name for name in ("mine", "stats/mine", "locks/mine")]
+    for path in foreign:
+        path.touch()
+        path.chmod(0o644)
+    (Settings().cache_dir / "asyncds" / "stats").chmod(0o755)
     code, output, errors = run("verify")
-    assert (code, errors.splitlines()[0].partition(" (")[0]) == (1, "temporary: 1")
+    found = [line.partition(" (")[0] for line in errors.splitlines() if not line.startswith(" ")]
+    assert (code, found) == (1, ["temporary: 1", "permissions: 1"])
+    drawn = drawn_by("verify", "--fix")
+    assert [text in drawn for text in (b"verifying", b"verifying again", b"30/30")] == [True] * 3
     code, output, errors = run("verify", "--fix")
-    assert (code, "mended" in output) == (0, True)
-    assert run("verify")[0] == 0
+    assert (code, errors, "mended" in output) == (0, "", False)
+    assert [path.stat().st_mode & 0o777 for path in foreign] == [0o644] * 3
+
+
+def test_permissions_of_all_that_asyncds_makes_are_verified(bucket, monkeypatch):
+    bucket.put("mnist", "train/large", bytes(50_000))
+    monkeypatch.setenv("ASYNCDS_MANIFEST_MAX_AGE", "60")
+    with CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=S3Reader.read) as dataset:
+        dataset.__getitems__(range(31))
+        pickle.dumps(dataset)
+        folder = dataset._parts[0].source.cache.directory
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert {path.parent.name for path in files} >= {"locks", "datasets", "manifests", "stats", "objects", "asyncds"}
+        for path in files:
+            path.chmod(0o644)
+        problems = dataset._parts[0].source.cache.check()
+    assert {text.rpartition(":")[0] for text in problems["permissions"]} == set(map(str, files))
 
 
 @pytest.mark.parametrize("name", ["file", "misspelt"])

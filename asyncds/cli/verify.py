@@ -1,10 +1,14 @@
 """`asyncds verify`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from asyncds.cli.opening import as_json, cache_dir, opened, print_json
+
+if TYPE_CHECKING:
+    from asyncds.cache import Cache
 
 __all__ = ["verify"]
 
@@ -21,8 +25,8 @@ def verify(cache_dir: Path | None, fix: bool, as_json: bool) -> None:
     Exits with 0 when all is well, or was mended, and with 1 otherwise. What asyncds did not put there is never touched.
     """
     with opened(cache_dir, mend=fix) as cache:
-        problems = cache.check(fix=fix)
-        left = cache.check() if fix and problems else problems
+        problems = _checked(cache, "verifying", fix=fix)
+        left = _checked(cache, "verifying again") if fix and problems else problems
         entries, size = len(cache), cache.volume()
     if as_json:
         document = {"cache": str(cache.directory), "entries": entries, "bytes": size, "problems": problems}
@@ -33,6 +37,18 @@ def verify(cache_dir: Path | None, fix: bool, as_json: bool) -> None:
         click.echo(f"{cache.directory}: {mended}{entries:,} entries, {size / 1e6:,.1f} MB")
     if left:
         raise SystemExit(1)
+
+
+def _checked(cache: "Cache", title: str, *, fix: bool = False) -> dict[str, list[str]]:
+    from asyncds.index import FAULTS
+    from asyncds.progress import progress_bar
+
+    try:
+        total = len(cache)
+    except FAULTS:  # which the check will name
+        total = None
+    with progress_bar(title, total, unit="entries") as advance:
+        return cache.check(fix=fix, advance=advance)
 
 
 def _report(problems: dict[str, list[str]]) -> None:
