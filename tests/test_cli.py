@@ -325,6 +325,36 @@ def test_wrong_call_gets_one_sentence_and_its_exit_code(bucket, arguments, code,
     assert not bucket.stats.requests["GET"]
 
 
+@pytest.mark.parametrize("uri", ["s3://my bucket/x", "s3://Mn_ist!!/x", "s3://mn\nist/x"])
+def test_name_that_no_bucket_has(bucket, uri):
+    code, output, errors = run("warm", uri)
+    assert (code, output, len(errors.splitlines())) == (2, "", 1)
+    assert errors.endswith("cannot be a bucket's name: that has 3 to 63 small letters, digits, dots and hyphens\n")
+    assert "regex" not in errors
+
+
+def test_keys_of_many_lines_are_shown_in_one(bucket):
+    uri = "s3://mnist/a\nb/"
+    code, _, errors = run("warm", uri)
+    assert (code, len(errors.splitlines())) == (1, 1)
+    assert errors.startswith(r"error: s3://mnist/a\nb/ at ")
+    bucket.put("mnist", "a\nb/c", b"x")
+    assert run("warm", uri)[1].startswith(r"s3://mnist/a\nb/: 1 objects")
+    assert run("ls")[1].splitlines()[1].startswith(r"s3://mnist/a\nb/ at ")
+    with CachedS3MapDataset.from_prefix(uri) as dataset:
+        assert len(dataset) == 1
+        assert run("clear", uri, "--yes")[2].startswith(r"error: s3://mnist/a\nb/ at ")
+    assert run("non\nsense")[2] == "error: No such command 'non\\nsense'.\n"
+
+
+def test_who_has_no_credentials_is_told_of_nothing_else(bucket, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    code, output, errors = run("warm", "s3://mnist/train/")
+    assert (code, output, len(errors.splitlines())) == (1, "", 1)
+    assert errors.endswith("no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE\n")
+
+
 def test_help_needs_neither_torch_nor_botocore():
     script = (
         "import sys\nfrom asyncds.cli import main\nsys.argv = ['asyncds', '--help']\n"

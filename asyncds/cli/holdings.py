@@ -12,6 +12,7 @@ import click
 
 from asyncds.cli.opening import as_json, cache_dir, opened, print_json, print_table, store_options
 from asyncds.errors import CacheError, ConfigurationError
+from asyncds.progress import one_line
 
 if TYPE_CHECKING:
     from asyncds.cache import Cache
@@ -74,7 +75,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         listed = "?" if row["listed"] is None else f"{row['listed']:,}"
         share = "?" if row["percent"] is None else f"{int(row['percent'])} %"  # 100 is all, not almost all
         used = "now" if row["in_use"] else _ago(row["used"])
-        cells.append([row["dataset"], f"{row['objects']:,}", listed, share, decimal(row["bytes"]), used])
+        cells.append([one_line(row["dataset"]), f"{row['objects']:,}", listed, share, decimal(row["bytes"]), used])
     print_table(["dataset", "objects", "of", "cached", "on disk", "used"], cells, right=True)
 
 
@@ -109,7 +110,7 @@ def _changes(uri: str, place: Path | None, as_json: bool, store: dict[str, Any])
             click.echo(f"{kind} {info.key!r}")
         if len(rows) > _SHOWN:
             click.echo(f"{kind} … and {len(rows) - _SHOWN:,} more")
-    click.echo(f"{source.tag}: {found}")
+    click.echo(f"{one_line(source.tag)}: {found}")
 
 
 def _required(uri: str | None) -> str:
@@ -209,7 +210,7 @@ def clear(
         count = len(cleared) + len(kept)
         click.echo(f"{cache.directory}: {len(cleared):,} of {count:,} datasets removed, {size / 1e6:,.1f} MB freed")
     for name in kept:
-        click.echo(_STAYS[age is None].format(name), err=True)
+        click.echo(_STAYS[age is None].format(one_line(name)), err=True)
     if kept and age is None:
         raise SystemExit(1)
 
@@ -228,7 +229,7 @@ def _confirm(chosen: "list[Held]") -> None:
     if not sys.stdin.isatty():
         raise ConfigurationError("nobody can be asked here: give --yes to clear")
     for held in chosen[:_SHOWN]:
-        click.echo(f"{held.name}: {held.objects:,} objects, {held.bytes / 1e6:,.1f} MB")
+        click.echo(f"{one_line(held.name)}: {held.objects:,} objects, {held.bytes / 1e6:,.1f} MB")
     if len(chosen) > _SHOWN:
         click.echo(f"… and {len(chosen) - _SHOWN:,} more")
     if not click.confirm("Remove?"):

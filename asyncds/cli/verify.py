@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from asyncds.cli.opening import as_json, cache_dir, opened, print_json
+from asyncds.progress import one_line
 
 if TYPE_CHECKING:
     from asyncds.cache import Cache
@@ -57,6 +58,6 @@ def _report(problems: dict[str, list[str]]) -> None:
     for kind, found in problems.items():
         click.echo(f"{kind}: {len(found):,} ({PROBLEMS[kind]})", err=True)
         for text in found[:_SHOWN]:
-            click.echo(f"  {text}", err=True)
+            click.echo(f"  {one_line(text)}", err=True)
         if len(found) > _SHOWN:
             click.echo(f"  … and {len(found) - _SHOWN:,} more", err=True)

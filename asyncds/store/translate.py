@@ -40,6 +40,7 @@ _BROKEN = (
     asyncio.TimeoutError,
     OSError,
 )
+_NO_BUCKET = "this cannot be a bucket's name: that has 3 to 63 small letters, digits, dots and hyphens"
 _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
 
 
@@ -69,6 +70,8 @@ def translate(error: Exception, what: str, hint: str = "", where: str = "this en
         return TransferFailed(f"{what}: the transfer broke ({type(error).__name__})")
     if isinstance(error, _NO_CREDENTIALS):
         return AccessDenied(f"{what}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+    if isinstance(error, boto.ParamValidationError) and "bucket name" in str(error):
+        return ConfigurationError(f"{what}: {_NO_BUCKET}")
     if isinstance(error, boto.BotoCoreError):
         return ConfigurationError(f"{what}: {' '.join(str(error).split())}")
     return StoreError(f"{what}: {type(error).__name__}: {error}")
@@ -101,7 +104,7 @@ def status_error(
         detail = f" ({message.rstrip('.')})" if message else ""
         return AccessDenied(f"{said}{detail} from {where}; {hint or 'check the credentials'} and the bucket's policy")
     if code == "InvalidBucketName":
-        return ConfigurationError(f"{what}: this cannot be a bucket's name: it has 3 to 63 characters")
+        return ConfigurationError(f"{what}: {_NO_BUCKET}")
     return StoreError(f"{said}{f' ({message})' if message else ''}")
 
 
