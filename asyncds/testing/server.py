@@ -4,6 +4,7 @@ import asyncio
 import math
 import os
 import random
+import socket
 import ssl
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from asyncds.testing.faults import Fault, FaultScripts
 from asyncds.testing.host import Factory, Hosted
 from asyncds.testing.objects import Store, http_date
 from asyncds.testing.s3 import Access, respond
+from asyncds.testing.tls import TlsServer
 from asyncds.testing.wire import Request, Response
 
 _BACKLOG = 4096
@@ -102,6 +104,7 @@ class _S3Service:
         self._access = access
         self._store = Store(access.region)
         self._scripts = FaultScripts()
+        self._server: asyncio.Server | TlsServer
         self._connections: set[Connection] = set()
         self._connections_total = 0
         self._requests: Counter[str] = Counter()
@@ -114,17 +117,21 @@ class _S3Service:
         self._stopping = False
 
     async def start(self) -> str:
-        loop, context = asyncio.get_running_loop(), None
-        if self._tls is not None:
-            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(*self._tls, password="")
-        self._server = await loop.create_server(lambda: Connection(self), "127.0.0.1", 0, backlog=_BACKLOG, ssl=context)
-        scheme = "http" if context is None else "https"
-        return f"{scheme}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        loop, listener = asyncio.get_running_loop(), socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG)
+        endpoint = f"127.0.0.1:{listener.getsockname()[1]}"
+        if self._tls is None:
+            self._server = await loop.create_server(lambda: Connection(self), sock=listener, backlog=_BACKLOG)
+            return f"http://{endpoint}"
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(*self._tls, password="")
+        self._server = TlsServer(listener, context, lambda: Connection(self))
+        return f"https://{endpoint}"
 
     async def stop(self) -> None:
         self._stopping = True
         self._server.close()
+        if isinstance(self._server, TlsServer):  # a handshake may just have been finished
+            await self._server.wait_closed()
         for connection in tuple(self._connections):
             connection.abort()
         while self._connections:
