@@ -580,8 +580,9 @@ class Manifest(Sequence[ObjectInfo]):
         except ConfigurationError as error:
             raise ConfigurationError(f"{path}: {error}") from None
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ConfigurationError(
-                f"{path}: no manifest, or a damaged one ({error}): list the prefix again"
+                f"{path}: no manifest, or a damaged one ({reason}): list the prefix again"
             ) from None
 
     @classmethod
@@ -592,10 +593,14 @@ class Manifest(Sequence[ObjectInfo]):
     @classmethod
     def _read(cls, data: NDArray[np.uint8], verify: bool) -> Self:
         start = data[: len(_MAGIC) + 4].tobytes()
-        length = struct.unpack("<I", start[len(_MAGIC) :])[0] if start.startswith(_MAGIC) else 0
+        if not start.startswith(_MAGIC):
+            raise ValueError("it does not begin as one")
+        length = struct.unpack("<I", start[len(_MAGIC) :])[0]
         body = json.loads(data[len(start) : len(start) + length].tobytes())
         if body["version"] != _VERSION:
-            raise ConfigurationError(f"a manifest of format {body['version']}; this asyncds reads {_VERSION}")
+            raise ConfigurationError(
+                f"a manifest of format {body['version']}; this asyncds reads {_VERSION}: list the prefix again"
+            )
         manifest = cls(body["origin"], _columns(data, body["columns"], len(start) + length))
         if verify and manifest.digest != body["digest"]:
             raise ValueError("the digest differs")

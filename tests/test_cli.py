@@ -250,6 +250,7 @@ def test_bucket_that_forbids_listing_is_warmed_by_a_manifest(bucket, tmp_path):
     [
         (lambda data: data[:-40], "cut short"),
         (lambda data: data[:5], "no manifest, or a damaged one"),
+        (lambda data: b"some text\n" * 99, "no manifest, or a damaged one (it does not begin as one): list the prefix"),
         (lambda data: data.replace(b'"version": 1', b'"version": 9'), "a manifest of format 9; this asyncds reads"),
     ],
 )
@@ -572,7 +573,7 @@ def test_clear_by_age_passes_over_what_is_in_use(two):
         assert (code, json.loads(output)["kept"]) == (0, [name_of(two, "train/")])
         assert cached() == ["s3://mnist/train/"]
         assert run("clear", "--older-than", "7d", "--yes", "--force")[::2] == (0, "")
-    assert json_of("stats")["entries"] == 0
+    assert [json_of("stats")[name] for name in ("entries", "datasets")] == [0, 0]
 
 
 def test_clear_leaves_what_is_not_ours(two):
@@ -634,7 +635,9 @@ def test_clear_spares_what_a_living_process_uses_as_part_of_another_dataset(two)
         (["clear", "--older-than", "7 parsecs"], 2, "older_than='7 parsecs': must be an age with a unit"),
         (["clear", "s3://mnist/nothing", "--yes"], 1, "s3://mnist/nothing: nothing of it is cached"),
         (["clear", "s3://", "--yes"], 2, "'s3://' is no S3 URI"),
-        (["ls", "s3://mnist/nothing"], 1, "s3://mnist/nothing: nothing of it is cached"),
+        (["ls", "s3://mnist/nothing"], 1, "s3://mnist/nothing: nothing of it is cached; `asyncds ls` shows what is"),
+        (["ls", "s3://mnist/train"], 1, "s3://mnist/train: nothing of it is cached; s3://mnist/train/ is\n"),
+        (["warm", "s3://mnist/train/", "--from-manifest", "f"], 2, "by URIs or by --from-manifest FILE, not by both"),
         (["ls", "--changes"], 2, "--changes needs the URI"),
         (["ls", "--changes", "s3://mnist/nothing"], 1, "no listing of it is saved"),
         (["ls", "--cache-dir", "nowhere"], 1, "nowhere: there is no cache here"),

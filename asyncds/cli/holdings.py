@@ -134,7 +134,7 @@ def stats(cache_dir: Path | None, as_json: bool) -> None:
     from asyncds.contents import counted
 
     with opened(cache_dir) as cache:
-        datasets = cache.datasets()
+        datasets = [held for held in cache.datasets() if held.objects or held.in_use]
         runs, sums = counted(cache)
         size = {"entries": len(cache), "bytes": cache.volume(), "limit": cache.capacity, "room": max(0, cache.room())}
     document = {"cache": str(cache.directory), "datasets": len(datasets)} | size | {"runs": runs, "counters": sums}
@@ -206,13 +206,18 @@ def clear(
     if as_json:
         print_json({"cache": str(cache.directory), "cleared": cleared, "kept": kept})
     else:
-        size = sum(row["bytes"] for row in cleared)
-        count = len(cleared) + len(kept)
-        click.echo(f"{cache.directory}: {len(cleared):,} of {count:,} datasets removed, {size / 1e6:,.1f} MB freed")
+        _summarise(cache, cleared, kept)
     for name in kept:
         click.echo(_STAYS[age is None].format(one_line(name)), err=True)
     if kept and age is None:
         raise SystemExit(1)
+
+
+def _summarise(cache: "Cache", cleared: list[dict[str, Any]], kept: list[str]) -> None:
+    from rich.filesize import decimal
+
+    freed, count = decimal(sum(row["bytes"] for row in cleared)), len(cleared) + len(kept)
+    click.echo(f"{cache.directory}: {len(cleared):,} of {count:,} datasets removed, {freed} freed")
 
 
 def _chosen(cache: "Cache", uris: tuple[str, ...], age: float | None, force: bool) -> "tuple[list[Held], list[str]]":
@@ -226,10 +231,12 @@ def _chosen(cache: "Cache", uris: tuple[str, ...], age: float | None, force: boo
 
 
 def _confirm(chosen: "list[Held]") -> None:
+    from rich.filesize import decimal
+
     if not sys.stdin.isatty():
         raise ConfigurationError("nobody can be asked here: give --yes to clear")
     for held in chosen[:_SHOWN]:
-        click.echo(f"{one_line(held.name)}: {held.objects:,} objects, {held.bytes / 1e6:,.1f} MB")
+        click.echo(f"{one_line(held.name)}: {held.objects:,} objects, {decimal(held.bytes)}")
     if len(chosen) > _SHOWN:
         click.echo(f"… and {len(chosen) - _SHOWN:,} more")
     if not click.confirm("Remove?"):
@@ -271,9 +278,11 @@ def _named(cache: "Cache", name: str) -> "list[Held]":
     from asyncds.manifest import parse_uri
 
     uri = "s3://{}/{}".format(*parse_uri(name)) if name.startswith("s3://") and " at " not in name else name
-    found = [held for held in cache.datasets() if held.name == name or held.name.rpartition(" at ")[0] == uri]
+    there = [(held, held.name.rpartition(" at ")[0]) for held in cache.datasets()]
+    found = [held for held, theirs in there if held.name == name or theirs == uri]
     if not found:
-        raise CacheError(f"{name}: nothing of it is cached; `asyncds ls` shows what is")
+        near = next((theirs for _, theirs in there if theirs.rstrip("/") == uri.rstrip("/")), None)
+        raise CacheError(f"{name}: nothing of it is cached; {near or '`asyncds ls` shows what'} is")
     return found
 
 

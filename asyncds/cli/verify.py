@@ -33,9 +33,11 @@ def verify(cache_dir: Path | None, fix: bool, as_json: bool) -> None:
         document = {"cache": str(cache.directory), "entries": entries, "bytes": size, "problems": problems}
         print_json(document | {"left": left})
     else:
+        from rich.filesize import decimal
+
         _report(problems)
         mended = "mended, " if problems and not left else ""
-        click.echo(f"{cache.directory}: {mended}{entries:,} entries, {size / 1e6:,.1f} MB")
+        click.echo(f"{cache.directory}: {mended}{entries:,} entries, {decimal(size)}")
     if left:
         raise SystemExit(1)
 

@@ -81,7 +81,9 @@ def _tables(uris: Sequence[str], file: Path | None) -> "list[tuple[str, Manifest
     """What to warm, all of it checked before anything is asked for."""
     from asyncds.manifest import Manifest, parse_uri
 
-    if bool(uris) == (file is not None):
+    if uris and file is not None:
+        raise ConfigurationError("say what to warm by URIs or by --from-manifest FILE, not by both")
+    if not uris and file is None:
         raise ConfigurationError("say what to warm: s3://bucket/prefix, several of these, or --from-manifest FILE")
     if file is not None:
         manifest = Manifest.open(file)
