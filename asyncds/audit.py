@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -27,14 +28,26 @@ PROBLEMS = {
 """The kinds of problems, and what each means."""
 
 _ROWS_AT_ONCE = 200
+_OURS = re.compile(
+    r"\.|CACHEDIR\.TAG|format\.json|(CACHEDIR|format)\.[0-9a-f]{16}\.tmp"
+    r"|objects(/cache\.db(-\w+)?|/[0-9a-f]{2}(/[0-9a-f]{30}\.(obj|tmp))?)?"
+    r"|datasets(/[0-9a-f]{32}\.(json|[0-9a-f]{16}\.tmp))?"
+    r"|locks(/(datasets|files|claims|dirty|sweeping))?"
+    r"|manifests(/((run-|job-)?[0-9a-f]{32}\.(manifest|lock)|ranks\.lock|\.manifest-\w+))?"
+    r"|stats(/[0-9a-f]{32}(\.[a-z]+)?)?"
+    r"|damaged-[0-9a-f]{8}(/cache\.db(-\w+)?)?"
+)  # what asyncds makes, by its place in the folder
 
 
-def check(folder: Folder, is_sound: Callable[[bytes], bool]) -> dict[str, list[str]]:
-    """Compare what a cache claims with its folder, reading every value by `is_sound`; see `Cache.check`."""
+def check(folder: Folder, is_sound: Callable[[bytes], bool], advance: Callable[[int], object]) -> dict[str, list[str]]:
+    """Compare what a cache claims with its folder, reading every value by `is_sound`; see `Cache.check`.
+
+    `advance` is told how many more rows have been looked at.
+    """
     problems: dict[str, list[str]] = defaultdict(list)
     try:
         _check_index(folder, problems)
-        _check_rows(folder, is_sound, problems)
+        _check_rows(folder, is_sound, problems, advance)
         _check_files(folder, problems)
     except FAULTS as error:
         if not is_damage(error):
@@ -52,7 +65,12 @@ def _check_index(folder: Folder, problems: dict[str, list[str]]) -> None:
         problems["accounting"].append(f"accounted are {accounted} rows and bytes, and there are {[rows, size]}")
 
 
-def _check_rows(folder: Folder, is_sound: Callable[[bytes], bool], problems: dict[str, list[str]]) -> None:
+def _check_rows(
+    folder: Folder,
+    is_sound: Callable[[bytes], bool],
+    problems: dict[str, list[str]],
+    advance: Callable[[int], object],
+) -> None:
     last, page = 0, "SELECT rowid, key, filename, size FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT ?"
     while rows := folder.query(page, last, _ROWS_AT_ONCE):
         last = rows[-1][0]
@@ -61,6 +79,7 @@ def _check_rows(folder: Folder, is_sound: Callable[[bytes], bool], problems: dic
                 isinstance(key, bytes) and is_sound(key)
             ):
                 problems["damaged"].append(_name(row, key))
+        advance(len(rows))
 
 
 def _check_file(
@@ -120,6 +139,8 @@ def _kind(path: Path, name: str) -> str | None:
 def _check_permissions(directory: Path, problems: dict[str, list[str]]) -> None:
     for folder, _, files in os.walk(directory):
         for path in (folder, *(os.path.join(folder, name) for name in files)):
+            if not _OURS.fullmatch(os.path.relpath(path, directory)):
+                continue  # whoever put it there knows who may read it
             with contextlib.suppress(FileNotFoundError):
                 status = os.lstat(path)
                 if not stat.S_ISLNK(status.st_mode) and status.st_mode & 0o077:

@@ -47,17 +47,28 @@ def places(new: Columns, buckets: list[str], old: Columns, old_buckets: list[str
 def _places(
     new: Columns, buckets: list[str], old: Columns, old_buckets: list[str], seed: int
 ) -> tuple[_Rows, _Rows, _Rows] | None:
-    ours, first, inverse = np.unique(hashes(new, buckets, seed), return_index=True, return_inverse=True)
-    theirs, their_first, their_inverse = np.unique(
-        hashes(old, old_buckets, seed), return_index=True, return_inverse=True
-    )
-    for table, one, other in ((new, first, inverse), (old, their_first, their_inverse)):
-        again = np.flatnonzero(one[other] != np.arange(len(other)))
-        if not same(table, again, table, one[other][again]):
+    ours, first, own = _firsts(hashes(new, buckets, seed))
+    theirs, their_first, their_own = _firsts(hashes(old, old_buckets, seed))
+    for table, firsts in ((new, own), (old, their_own)):
+        again = np.flatnonzero(firsts != np.arange(len(firsts)))
+        if not same(table, again, table, firsts[again]):
             return None
-    there = np.full(len(ours), -1)
-    _, here, place = np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
-    there[here] = their_first[place]
-    if not same(new, first[here], old, there[here]):
-        return None
-    return first[inverse], there[inverse], their_first[their_inverse]
+    place = np.searchsorted(theirs, ours)
+    common = np.flatnonzero(np.append(theirs, theirs[-1:])[place] == ours) if len(theirs) else place[:0]
+    there = np.full(len(own), -1)
+    there[first[common]] = their_first[place[common]]
+    there = there[own]
+    shared = np.flatnonzero(there >= 0)  # in the order of the tables: neighbours are read together
+    return (own, there, their_own) if same(new, shared, old, there[shared]) else None
+
+
+def _firsts(found: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], _Rows, _Rows]:
+    """Hashes in their order, each once, and its first row; and for each row the first one with its hash."""
+    order = np.argsort(found)
+    ordered = found[order]
+    begins = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(found)])
+    if len(begins) == len(found):
+        return ordered, order, np.arange(len(found))
+    first, own = np.minimum.reduceat(order, begins), np.empty(len(found), np.int64)
+    own[order] = np.repeat(first, np.diff(np.append(begins, len(found))))
+    return ordered[begins], first, own

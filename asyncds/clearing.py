@@ -6,7 +6,7 @@ import os
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from asyncds.entry import FIRST_SEEN
 from asyncds.folder import Folder, read
 
-__all__ = ["Clearing", "Held"]
+__all__ = ["Cleared", "Clearing", "Held"]
 
 _ROWS_AT_ONCE = 500
 _SECONDS_BETWEEN = 30.0
@@ -35,6 +35,13 @@ class Held(NamedTuple):
     in_use: bool
 
 
+class Cleared(NamedTuple):
+    """What a removal freed on disk; `whole` is false where something is left, because the dataset is in use."""
+
+    bytes: int
+    whole: bool
+
+
 class Clearing:
     """Who uses which dataset, and what may therefore go.
 
@@ -45,6 +52,7 @@ class Clearing:
         self._folder = folder
         self._held = Counter[str]()
         self._held_by_others: dict[str, float] = {}
+        self._names: dict[str, str] = {}  # of datasets, by their notes
         folder.on_renewed.append(self._hold_again)
         self._last = -_SECONDS_BETWEEN
 
@@ -60,8 +68,12 @@ class Clearing:
 
     def _hold(self, tag: str) -> None:
         until = time.monotonic() + _SECONDS_OF_CLEARING
-        while not self._folder.datasets.share(_bytes(tag)) and time.monotonic() < until:
-            time.sleep(0.01)  # somebody makes room from it in this moment
+        self._folder.datasets.share(_arrival(tag))  # who removes it, or makes room from it, then stops
+        try:
+            while not self._folder.datasets.share(_bytes(tag)) and time.monotonic() < until:
+                time.sleep(0.01)
+        finally:
+            self._folder.datasets.release(_arrival(tag))
         if self._folder.read_only:
             return
         with contextlib.suppress(OSError):
@@ -121,38 +133,51 @@ class Clearing:
         names = sorted(rows.keys() | used.keys())
         return [Held(name, *rows.get(name, (0, 0)), used.get(name), self._in_use(name)) for name in names]
 
-    def clear(self, tag: str, *, force: bool = False) -> int | None:
-        """Remove a dataset, and return how many bytes that frees.
+    def in_use(self, among: Callable[[str], bool] = lambda name: True) -> list[str]:
+        """The datasets that living processes hold, of those that `among` is true for. Asks no index."""
+        names = (self._named_by(note) for note in (self._folder.directory / "datasets").glob("*.json"))
+        return [name for name in names if name is not None and among(name) and self._in_use(name)]
 
-        None if a living process holds it, unless `force`: then that process finds misses. May raise what the disk or
-        the index raise.
+    def clear(self, tag: str, *, force: bool = False, spare: Callable[[], bool] = lambda: False) -> Cleared:
+        """Remove a dataset, some rows at a time.
+
+        Nothing of it goes while a living process holds it, nor while `spare()`: both are asked before each time, so
+        that what comes into use meanwhile keeps what is left. With `force`, all goes, and those processes find misses.
+        May raise what the disk or the index raise.
         """
         alone, freed = self._folder.datasets.take(_bytes(tag)), 0
-        if not alone and not force:
-            return None
         try:
+            if not force and (not alone or spare()):
+                return Cleared(0, whole=False)
             for rows in self._rows_of(tag):
+                if not force and (self._is_awaited(tag) or spare()):
+                    return Cleared(freed, whole=False)
                 freed += self._drop(rows)
             if alone:
                 self._note(tag).unlink(missing_ok=True)
         finally:
             if alone:
                 self._folder.datasets.release(_bytes(tag))
-        return freed
+        return Cleared(freed, whole=True)
 
     def _in_use(self, tag: str) -> bool:
-        free = self._folder.datasets.take(_bytes(tag))
-        if free:
-            self._folder.datasets.release(_bytes(tag))
-        return not free
+        return self._folder.datasets.is_shared(_bytes(tag)) or self._is_awaited(tag)
+
+    def _is_awaited(self, tag: str) -> bool:
+        """Whether a process is about to hold it, and waits for who holds it alone."""
+        return self._folder.datasets.is_shared(_arrival(tag))
 
     def _of_nobody(self, tag: str) -> Iterator[list[int]]:
         """Numbers of rows that may go, some at a time."""
         yield from self._older_versions()
         for name in self._unheld(tag):
             try:
-                yield from self._rows_of(name)
-                self._note(name).unlink(missing_ok=True)
+                for rows in self._rows_of(name):
+                    if self._is_awaited(name):
+                        break
+                    yield rows
+                else:
+                    self._note(name).unlink(missing_ok=True)
             finally:
                 self._folder.datasets.release(_bytes(name))
 
@@ -187,10 +212,18 @@ class Clearing:
     def _notes(self) -> list[tuple[float, str]]:
         """When which dataset was used last."""
         used = []
-        for path in (self._folder.directory / "datasets").glob("*.json"):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                used.append((path.stat().st_mtime, str(json.loads(read(path))["dataset"])))
+        for note in (self._folder.directory / "datasets").glob("*.json"):
+            name = self._named_by(note)
+            with contextlib.suppress(OSError):
+                used += [] if name is None else [(note.stat().st_mtime, name)]
         return used
+
+    def _named_by(self, note: Path) -> str | None:
+        """The dataset of a note, which is always the same; None if there is nothing to be read."""
+        if note.name not in self._names:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                self._names[note.name] = str(json.loads(read(note))["dataset"])
+        return self._names.get(note.name)
 
     def _drop(self, rows: Sequence[int]) -> int:
         """Remove rows, then their files, and return how many bytes that frees."""
@@ -205,3 +238,8 @@ class Clearing:
 
 def _bytes(tag: str) -> bytes:
     return tag.encode("utf-8", "surrogatepass")
+
+
+def _arrival(tag: str) -> bytes:
+    """The lock of those who are about to hold a dataset. No dataset is called that."""
+    return b"\0arrival " + _bytes(tag)

@@ -5,16 +5,18 @@ Texts of many lengths lie in one array, one after the other, and `ends` says whe
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-__all__ = ["Columns", "affixed", "hashes", "in_chunks", "joined", "same", "taken"]
+__all__ = ["Columns", "hashes", "in_chunks", "joined", "made_of", "same", "taken"]
 
 Columns = dict[str, NDArray[Any]]
 _CHUNK = 1 << 16
+_RUN = 16  # rows that follow each other, from which on it pays to copy them at once
 _VERSION_BYTES = 16
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
@@ -33,13 +35,27 @@ def pick(
     out = np.empty(int(picked[-1]), np.uint8)
     for chunk in in_chunks(len(rows)):
         some, begin, stop = rows[chunk], int(picked[chunk.start]), int(picked[chunk.stop])
-        if some[-1] - some[0] == len(some) - 1 and (np.diff(some) == 1).all():
-            out[begin:stop] = data[int(ends[some[0]]) : int(ends[some[-1] + 1])]
-        else:
-            lengths = (ends[some + 1] - ends[some]).astype(np.int64)
-            shifts = ends[some].astype(np.int64) - picked[chunk].astype(np.int64)
-            out[begin:stop] = data[np.repeat(shifts, lengths) + np.arange(begin, stop)]
+        gaps = np.flatnonzero(np.diff(some) != 1) + 1
+        if len(gaps) > len(some) // _RUN:
+            out[begin:stop] = _gathered(data, ends[some].astype(np.int64), ends[some + 1].astype(np.int64))
+            continue
+        for first, after in pairwise([0, *gaps.tolist(), len(some)]):
+            text = data[int(ends[some[first]]) : int(ends[some[after - 1] + 1])]
+            out[begin : begin + len(text)] = text
+            begin += len(text)
     return out, picked
+
+
+def _gathered(data: NDArray[np.uint8], starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Texts from anywhere, one after the other: all as long as the longest, and cut then, unless that is much more."""
+    lengths = stops - starts
+    longest, size = int(lengths.max()), int(lengths.sum())
+    if size and longest * len(lengths) <= 2 * size and int(starts.max()) + longest <= len(data):
+        texts = np.ndarray((len(data) - longest + 1,), f"V{longest}", data.data, strides=(1,))[starts]
+        table = texts.view(np.uint8).reshape(-1, longest)
+        return table.reshape(-1) if longest * len(lengths) == size else table[np.arange(longest) < lengths[:, None]]
+    before = np.cumsum(lengths) - lengths
+    return data[np.repeat(starts - before, lengths) + np.arange(size)]
 
 
 def taken(columns: Columns, rows: NDArray[np.int64]) -> Columns:
@@ -79,15 +95,31 @@ def joined(tables: Sequence[Columns]) -> Columns:
 # keys
 
 
-def affixed(columns: Columns, rows: slice, start: bytes, end: bytes) -> NDArray[np.bool_]:
-    """Which of these rows have a key that begins and ends so, without the two overlapping."""
+def made_of(columns: Columns, rows: slice, pieces: Sequence[bytes]) -> NDArray[np.bool_]:
+    """Which of these rows have a key that is these pieces, in this order, with anything in between."""
     ends = columns["ends"][rows.start : rows.stop + 1].astype(np.int64)
-    fits = np.diff(ends) >= len(start) + len(end)
+    data, ends = columns["keys"][ends[0] : ends[-1]], ends - ends[0]
+    start, *between, end = pieces if len(pieces) > 1 else (*pieces, b"")
+    lengths, least = np.diff(ends), len(start) + len(end)
+    fits: NDArray[np.bool_] = lengths >= least if len(pieces) > 1 else lengths == least
     for text, places in ((start, ends[:-1]), (end, ends[1:] - len(end))):
         for offset, byte in enumerate(text):
             left = np.flatnonzero(fits)
-            fits[left] = columns["keys"][places[left] + offset] == byte
+            fits[left] = data[places[left] + offset] == byte
+    after, until = ends[:-1] + len(start), ends[1:] - len(end)
+    for text in filter(None, between):  # each as early as it can be: then there is most room for those that follow
+        found = np.append(_occurrences(data, text), len(data))
+        after = found[np.minimum(np.searchsorted(found, after), len(found) - 1)] + len(text)
+        fits &= after <= until
     return fits
+
+
+def _occurrences(data: NDArray[np.uint8], text: bytes) -> NDArray[np.int64]:
+    """Where this text begins."""
+    found = np.flatnonzero(data[: max(0, len(data) - len(text) + 1)] == text[0])
+    for offset, byte in enumerate(text[1:], 1):
+        found = found[data[found + offset] == byte]
+    return found
 
 
 def same(one: Columns, rows: NDArray[np.int64], other: Columns, their_rows: NDArray[np.int64]) -> bool:

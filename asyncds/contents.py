@@ -48,9 +48,11 @@ def completeness(cache: Cache, name: str) -> tuple[int, int] | None:
 def counted(cache: Cache) -> tuple[int, dict[str, float]]:
     """How many runs keep counters in this cache, and the sums of these.
 
-    A run takes its own away when it ends. What was killed leaves them for a week.
+    A run takes its own away when it ends. What was killed leaves them for a week. Those of another version of asyncds,
+    which counts other things, are left out.
     """
-    runs = [Counters(path) for path in _counter_files(cache.directory / "stats")]
+    counters = [Counters(path) for path in _counter_files(cache.directory / "stats")]
+    runs = [run for run in counters if run.readable]
     totals = [run.total() for run in runs]
     sums = {name: sum(total[name] for total in totals) for name in Counters(Path()).total()}
     return len(runs), sums | percentiles([run.latencies() for run in runs])

@@ -373,6 +373,7 @@ class CachedS3MapDataset(ReadsAhead):
             sum(r.objects for r in reports),
             sum(r.resident for r in reports),
             sum(r.fetched for r in reports),
+            sum(r.shared for r in reports),
             sum(r.bytes for r in reports),
             sum(r.uncached for r in reports),
             tuple(failure for r in reports for failure in r.failures),

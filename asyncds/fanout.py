@@ -9,6 +9,7 @@ made it.
 import asyncio
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from asyncds.errors import TransferFailed
 from asyncds.listing import Rows, list_prefix
@@ -41,7 +42,8 @@ async def list_store(
 
     Of a store that can begin behind a key (`Pages`); any other, a listing with a `limit`, and a directory bucket (S3
     Express, which is in no order) are read one page after the other. Takes at most a quarter more requests than that
-    and `at_once` + 5 more, and none more where all is on one page. A failing page fails the listing, once all others
+    and `at_once` + 5 more, and none more where all is on one page. `progress` is called after each answer with its
+    number of keys; with less than none, if the listing begins anew. A failing page fails the listing, once all others
     have ended.
     """
     counted = 0
@@ -70,12 +72,17 @@ async def list_store(
 
 
 class _Range:
-    """Keys above `after`, up to `until`, and the rows that were found there."""
+    """Keys above `after`, up to `until`, and the rows that were found there.
+
+    `first` is the first key that the store named, and `beyond` the first one that was above `until`.
+    """
 
     def __init__(self, after: str, until: str | None, rows: Rows) -> None:
         self.after = after
         self.until = until
         self.rows = rows
+        self.first: str | None = None
+        self.beyond: str | None = None
 
 
 class _Listing:
@@ -100,6 +107,10 @@ class _Listing:
         self._reading = 0
         self._full_pages = 0
         self._letters: set[str] = set()
+        # Some stores list in the order of UTF-16, where a page may well ascend in both. A range ends at the first key
+        # above its last: if the next range does not begin with the same, keys lie between that neither has seen.
+        # Where all keys are ASCII, the orders are the same, and what is written meanwhile may make that difference.
+        self._ascii = True
         self._folders: list[str] = []
         self._tasks = asyncio.TaskGroup()
 
@@ -110,6 +121,8 @@ class _Listing:
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
         self._ranges.sort(key=lambda some: some.after)
+        if not self._ascii and any(one.beyond != other.first for one, other in pairwise(self._ranges)):
+            raise _OutOfOrder
         return together([some.rows.table(endpoint) for some in self._ranges])
 
     def _start(self, after: str, until: str | None) -> None:
@@ -125,7 +138,10 @@ class _Listing:
             keys = [info.key for info in page.objects]
             if any(key <= before for before, key in zip([last, *keys], keys, strict=False)):
                 raise _OutOfOrder
+            self._ascii = self._ascii and all(map(str.isascii, keys))
             within = len(keys) if some.until is None else bisect_right(keys, some.until)
+            some.first = some.first or next(iter(keys), None)
+            some.beyond = next(iter(keys[within:]), None)
             some.rows.add(page.objects[:within])
             self._progress(within)
             if page.token is None or within < len(keys):
@@ -165,6 +181,7 @@ class _Listing:
         folders: Sequence[str] = [self._prefix]
         for _ in range(_LEVELS):
             folders = await self._store.folders(self._bucket, folders[0])
+            self._progress(0)
             if len(folders) != 1:
                 break
         return sorted(folders)

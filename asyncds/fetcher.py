@@ -238,7 +238,7 @@ class Fetcher:
         self._late: list[Flight] = []
         self._closed = False
         self._at_end = contextlib.ExitStack()
-        self._done = self._failed = 0
+        self.done = self._failed = 0  # objects that it brought, and that could not be had
         self.uncached = 0  # objects that the cache did not take
 
     @classmethod
@@ -274,7 +274,7 @@ class Fetcher:
 
     def __repr__(self) -> str:
         flights = f"{len(self._flights)} in flight, at most {self._slots.size}"
-        return f"<Fetcher {flights}, {self._done} done, {self._failed} failed>"
+        return f"<Fetcher {flights}, {self.done} done, {self._failed} failed>"
 
     async def __aenter__(self) -> Self:
         return self
@@ -632,7 +632,7 @@ class Fetcher:
             return None
 
     def _deliver(self, flight: Flight, fetched: Fetched) -> None:
-        self._done += 1
+        self.done += 1
         self._count(gets=1, bytes=len(fetched.body))
         self._arrive(flight, fetched)
 

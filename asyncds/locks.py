@@ -10,6 +10,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import struct
+import sys
 import threading
 import time
 import weakref
@@ -23,6 +25,8 @@ __all__ = ["Locks", "waiting"]
 
 _SECONDS_BETWEEN_TRIES = 0.05
 _BUSY = {errno.EACCES, errno.EAGAIN}
+_ON_MACOS = sys.platform == "darwin"
+_QUESTION = struct.Struct("qqihh" if _ON_MACOS else "hhqqi")  # the C library's `struct flock`
 
 
 class Locks:
@@ -71,6 +75,14 @@ class Locks:
             self._held[offset] = count + 1
             return True
 
+    def is_shared(self, name: bytes) -> bool:
+        """Tell whether anybody shares the lock, in this process or another. Takes nothing: nobody is in the way of who
+        asks, or finds the lock taken because of it."""
+        with self._guard:
+            offset = _offset(name)
+            count = self._mine().get(offset, 0)
+            return count > 0 or (count == 0 and self._kind(offset) == fcntl.F_RDLCK)
+
     def release(self, name: bytes) -> None:
         """Let go, once for each time it was taken."""
         with self._guard:
@@ -112,6 +124,16 @@ class Locks:
             return True
         except (OSError, ValueError) as error:
             return getattr(error, "errno", None) not in _BUSY
+
+    def _kind(self, offset: int) -> int:
+        """Which lock another process has there, if any."""
+        kind, place = (fcntl.F_WRLCK, os.SEEK_SET), (offset, 1, 0)
+        question = (*place, *kind) if _ON_MACOS else (*kind, *place)
+        try:
+            answer = fcntl.fcntl(self._descriptor, fcntl.F_GETLK, _QUESTION.pack(*question))
+        except (OSError, ValueError):
+            return fcntl.F_UNLCK
+        return int(_QUESTION.unpack_from(answer)[3 if _ON_MACOS else 0])
 
 
 @contextlib.contextmanager

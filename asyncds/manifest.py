@@ -28,7 +28,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from asyncds.changes import Changes, places
-from asyncds.columns import Columns, affixed, in_chunks, joined, taken
+from asyncds.columns import Columns, hashes, in_chunks, joined, made_of, taken
 from asyncds.errors import ConfigurationError
 
 __all__ = [
@@ -366,10 +366,9 @@ class Manifest(Sequence[ObjectInfo]):
         if match is None and exclude is None and (limit is None or limit >= len(self)):
             return self
         kept, count, passed = [np.empty(0, np.int64)], 0, 0
+        wanted, unwanted = ([] if fit is None else [fit] for fit in (match, exclude))
         for chunk in in_chunks(len(self)):
-            fits = self._fitting(match, chunk)
-            if exclude is not None:
-                fits &= ~self._fitting(exclude, chunk)
+            fits = self._chosen(wanted, unwanted, chunk)
             kept.append((np.flatnonzero(fits) + chunk.start)[: None if limit is None else limit - count])
             count += len(kept[-1])
             passed = chunk.stop
@@ -378,6 +377,19 @@ class Manifest(Sequence[ObjectInfo]):
                 break
         filtered = self.left_out.get("filtered", 0) + passed - count
         return self._taken(np.concatenate(kept), self.left_out | {"filtered": filtered})
+
+    def fitting(self, match: Sequence[KeyFilter], exclude: Sequence[KeyFilter]) -> NDArray[np.int64]:
+        """The positions of the rows whose key fits one of `match`, or any if there are none, and none of `exclude`."""
+        chunks = in_chunks(len(self))
+        found = [np.flatnonzero(self._chosen(match, exclude, chunk)) + chunk.start for chunk in chunks]
+        return np.concatenate([np.empty(0, np.int64), *found])
+
+    def shares(self, n: int) -> NDArray[np.uint64]:
+        """Which of `n` shares each row belongs to, by a hash of its bucket and key: all tables agree about that.
+
+        Shares are about equal in number.
+        """
+        return hashes(self._columns, self._buckets, 0) % np.uint64(n)
 
     def split(self, fractions: Sequence[float], seed: int = 0) -> list["Manifest"]:
         """Split at random into tables of these shares, which sum to 1: each row is in one of them, in its order here.
@@ -454,12 +466,17 @@ class Manifest(Sequence[ObjectInfo]):
                 del columns["bucket_ids"]
         return Manifest(self._header | {"buckets": buckets, "left_out": dict(left_out or {})}, columns)
 
-    def _fitting(self, match: KeyFilter | None, chunk: slice) -> NDArray[np.bool_]:
-        if match is None:
-            return np.ones(chunk.stop - chunk.start, np.bool_)
-        if isinstance(match, str) and not set("?[") & set(match) and match.count("*") == 1:
-            start, _, end = match.partition("*")
-            return affixed(self._columns, chunk, encode(start), encode(end))
+    def _chosen(self, match: Sequence[KeyFilter], exclude: Sequence[KeyFilter], chunk: slice) -> NDArray[np.bool_]:
+        fits = np.full(chunk.stop - chunk.start, not match)
+        for wanted in match:
+            fits |= self._fits(wanted, chunk)
+        for unwanted in exclude:
+            fits &= ~self._fits(unwanted, chunk)
+        return fits
+
+    def _fits(self, match: KeyFilter, chunk: slice) -> NDArray[np.bool_]:
+        if isinstance(match, str) and not set("?[") & set(match):
+            return made_of(self._columns, chunk, [encode(piece) for piece in match.split("*")])
         fits = predicate(match)
         found = (bool(fits(key)) for key in self._texts(chunk))
         return np.fromiter(found, np.bool_, chunk.stop - chunk.start)
@@ -563,8 +580,9 @@ class Manifest(Sequence[ObjectInfo]):
         except ConfigurationError as error:
             raise ConfigurationError(f"{path}: {error}") from None
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ConfigurationError(
-                f"{path}: no manifest, or a damaged one ({error}): list the prefix again"
+                f"{path}: no manifest, or a damaged one ({reason}): list the prefix again"
             ) from None
 
     @classmethod
@@ -575,10 +593,14 @@ class Manifest(Sequence[ObjectInfo]):
     @classmethod
     def _read(cls, data: NDArray[np.uint8], verify: bool) -> Self:
         start = data[: len(_MAGIC) + 4].tobytes()
-        length = struct.unpack("<I", start[len(_MAGIC) :])[0] if start.startswith(_MAGIC) else 0
+        if not start.startswith(_MAGIC):
+            raise ValueError("it does not begin as one")
+        length = struct.unpack("<I", start[len(_MAGIC) :])[0]
         body = json.loads(data[len(start) : len(start) + length].tobytes())
         if body["version"] != _VERSION:
-            raise ConfigurationError(f"a manifest of format {body['version']}; this asyncds reads {_VERSION}")
+            raise ConfigurationError(
+                f"a manifest of format {body['version']}; this asyncds reads {_VERSION}: list the prefix again"
+            )
         manifest = cls(body["origin"], _columns(data, body["columns"], len(start) + length))
         if verify and manifest.digest != body["digest"]:
             raise ValueError("the digest differs")

@@ -7,7 +7,12 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Protocol
 
-__all__ = ["Advance", "progress_bar"]
+__all__ = ["Advance", "one_line", "progress_bar"]
+
+
+def one_line(text: str) -> str:
+    """A text for people, who see in one line what keys and names may hold: line ends and the like are spelt out."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 class Advance(Protocol):
@@ -58,7 +63,7 @@ def progress_bar(
     text = [name, BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn(unit)]
     clock = TimeElapsedColumn() if total is None else TimeRemainingColumn()
     with Noted(*text, clock, console=console, transient=True) as progress:
-        progress.add_task(title, total=total)
+        progress.add_task(one_line(title), total=total)
 
         def advance(count: int = 1, *, note: str = "") -> None:
             nonlocal done, last_note

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, NotRequired, TypedDict, get_args
 
 import numpy as np
@@ -20,7 +21,8 @@ __all__ = ["Choice", "Selection", "local_partition"]
 Order = Literal["listing", "smallest", "shuffle"]
 _LAUNCHERS = (
     ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun
-    ("SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    ("SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),  # where srun started it; of all nodes, such as 4(x2),3
+    ("SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),  # where the job asked for that
     ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
 )
 
@@ -45,18 +47,19 @@ class _Bytes:
 
 @dataclass(frozen=True)
 class Selection:
-    """Some rows of a table: those that fit, in an order, up to a limit, and of these every n-th.
+    """Some rows of a table: those that fit, in an order, up to a limit, and of these one part.
 
     Keys fit that one of the globs `match` fits, or any if there are none, and none of `exclude`; `*` also spans `/`.
     `order` is that of the listing, by size (`smallest`, where unknown sizes come last), or drawn with `seed`
     (`shuffle`). `limit` is a number of objects, a share of them such as `"10%"` or 0.1, or bytes with a unit, such as
     `"5GB"`. `partition="i/n"` takes the part i, from 0, of n processes that share a cache directory, and `"auto"` that
-    which torchrun, Slurm or Open MPI has given to this process among those of its node.
+    which torchrun, Slurm or Open MPI has given to this process among those of its node. A key belongs to a part by its
+    hash: processes whose listings differ agree about each key that both have.
     """
 
     match: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    limit: int | float | _Bytes | None = None
+    limit: int | Fraction | _Bytes | None = None
     order: Order = "listing"
     seed: int = 0
     part: tuple[int, int] = (0, 1)
@@ -95,13 +98,13 @@ class Selection:
     def rows(self, manifest: Manifest) -> NDArray[np.int64]:
         """The positions of what is selected, in order. Raises `EmptyDataset` if nothing fits."""
         rows = self._limited(self._ordered(self._fitting(manifest), manifest), manifest)
-        return rows[self.part[0] :: self.part[1]]
+        part, parts = self.part
+        return rows if parts == 1 else rows[manifest.shares(parts)[rows] == part]
 
     def _fitting(self, manifest: Manifest) -> NDArray[np.int64]:
-        keeps = self.keeps
-        if not callable(keeps):
+        if not self.match and not self.exclude:
             return np.arange(len(manifest), dtype=np.int64)
-        rows = np.array([row for row, info in enumerate(manifest) if keeps(info.key)], np.int64)
+        rows = manifest.fitting(self.match, self.exclude)
         if not len(rows):
             raise EmptyDataset(f"{manifest.source}: none of {len(manifest):,} keys fits the patterns; correct match")
         return rows
@@ -129,12 +132,28 @@ class Selection:
 
 def local_partition(variables: Mapping[str, str]) -> tuple[int, int]:
     """Which of how many processes of its node this one is, as the launcher's local variables say; else the only one."""
-    for rank, ranks in _LAUNCHERS:
-        if rank in variables:
-            if ranks not in variables:
-                raise ConfigurationError(f"{rank} is set, and {ranks} is not: write the partition as i/n")
-            return _fraction(f"{variables[rank]}/{variables[ranks]}", f"{rank}/{ranks}")
+    started = [(rank, ranks) for rank, ranks in _LAUNCHERS if rank in variables]
+    for rank, ranks in started:
+        if ranks in variables:
+            here = _of_this_node(variables[ranks], variables.get("SLURM_NODEID"))
+            return _fraction(f"{variables[rank]}/{here}", f"{rank}/{ranks}")
+    for rank, ranks in started:
+        raise ConfigurationError(f"{rank} is set, and {ranks} is not: write the partition as i/n")
     return 0, 1
+
+
+def _of_this_node(tasks: str, node: str | None) -> str:
+    """How many tasks this node has: of `4(x2),3`, that is 4, 4 and 3, by its number in the step."""
+    runs = [re.fullmatch(r"([0-9]+)(?:\(x([0-9]{1,6})\))?", run) for run in tasks.split(",")]
+    counts = [run[1] for run in runs if run is not None for _ in range(int(run[2] or 1))]
+    if None in runs or len(set(counts)) == 1:
+        return tasks if None in runs else counts[0]
+    if node is None or not node.isdecimal() or int(node) >= len(counts):
+        raise ConfigurationError(
+            f"SLURM_STEP_TASKS_PER_NODE={tasks!r} names {len(counts)} nodes, and SLURM_NODEID={node!r} none of them: "
+            "write the partition as i/n"
+        )
+    return counts[int(node)]
 
 
 def _part(text: str | None) -> tuple[int, int]:
@@ -153,7 +172,7 @@ def _fraction(text: str, name: str) -> tuple[int, int]:
     return part, parts
 
 
-def _limit(value: int | float | str | None) -> int | float | _Bytes | None:
+def _limit(value: int | float | str | None) -> int | Fraction | _Bytes | None:
     text = str(value).strip()
     try:
         if value is None or (text.isdecimal() and int(text) > 0):
@@ -161,8 +180,8 @@ def _limit(value: int | float | str | None) -> int | float | _Bytes | None:
         amount = size(value)
     except ValueError:
         amount = None
-    if isinstance(amount, float) and 0 < amount <= 1:
-        return amount
+    if isinstance(amount, float) and 0 < amount <= 1:  # which is not exactly what was written
+        return Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     if not isinstance(amount, int) or amount <= 0 or not isinstance(value, str):
         kinds = "a number of objects, a share of them such as 10%, or bytes with a unit, such as 5GB"
         raise ConfigurationError(f"limit={value!r}: must be {kinds}")

@@ -45,7 +45,6 @@ __all__ = ["Arrivals", "Source"]
 _FIRST_TO_CLOSE, _LAST_TO_CLOSE = 100, 90
 _PATIENCE_S = 5.0
 _LOOKUP = 1000
-_KEYS_OF_A_PAGE = 1000
 _TRIPS = 3
 _MOST_EARLY, _EARLY_BYTES, _SMALL = 100_000, 16 << 20, 256 << 10
 
@@ -489,10 +488,15 @@ class Source:
     def _listed(self, limit: int | None, match: KeyFilter | None) -> Manifest:
         bucket, prefix = parse_uri(self._uri)
         runtime = self.runtime()
+        self._lists = 0
         with progress_bar(f"listing {self._uri}", show=self.progress, unit="keys") as advance:
-            listing = list_store(runtime.store, bucket, prefix, match=match, limit=limit, progress=advance)
+
+            def answered(keys: int) -> None:
+                self._lists += keys >= 0  # fewer are taken back, before it begins anew
+                advance(keys)
+
+            listing = list_store(runtime.store, bucket, prefix, match=match, limit=limit, progress=answered)
             manifest = runtime.portal.call(listing)
-        self._lists = max(1, -(-(len(manifest) + sum(manifest.left_out.values())) // _KEYS_OF_A_PAGE))
         return manifest
 
 

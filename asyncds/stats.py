@@ -9,7 +9,8 @@ import os
 import struct
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 __all__ = ["COUNTERS", "Counters", "percentiles"]
@@ -46,6 +47,14 @@ _BUCKETS, _FASTEST, _GROWTH = (
 )  # of latencies: the first is up to half a millisecond, the last above 40 s
 _VALUES = struct.Struct(f"<Q{len(COUNTERS) + _BUCKETS}d")
 _VALUE = struct.Struct("<d")
+
+
+def mark_of(*layout: object) -> int:
+    """What a page begins with: a version that counts anything else writes another mark."""
+    return int.from_bytes(blake2b(repr(layout).encode(), digest_size=8).digest(), "little")
+
+
+_MARK = mark_of(COUNTERS, _BUCKETS, _FASTEST, _GROWTH)
 
 
 class Counters:
@@ -110,16 +119,27 @@ class Counters:
 
     def _sums(self) -> list[float]:
         sums = [0.0] * (len(COUNTERS) + _BUCKETS)
-        try:
-            pages = self.path.read_bytes()
-        except OSError:
-            pages = b""
-        for start in range(0, len(pages) - _VALUES.size, _PAGE):
-            _, *values = _VALUES.unpack_from(pages, start)
+        for values in self._pages():
             sums = [total + value for total, value in zip(sums, values, strict=True)]
         if self._page is None and self._pid == os.getpid():
             sums = [total + value for total, value in zip(sums, self._values, strict=True)]
         return sums
+
+    @property
+    def readable(self) -> bool:
+        """Whether the file holds counters that are understood: those of another version are not."""
+        return any(True for _ in self._pages())
+
+    def _pages(self) -> Iterator[list[float]]:
+        """What each process has counted so far."""
+        try:
+            pages = self.path.read_bytes()
+        except OSError:
+            return
+        for start in range(0, len(pages) - _VALUES.size, _PAGE):
+            mark, *values = _VALUES.unpack_from(pages, start)
+            if mark == _MARK:
+                yield values
 
     def _new_page(self) -> mmap.mmap | None:
         try:
@@ -127,7 +147,8 @@ class Counters:
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX)
                 start = os.fstat(descriptor).st_size
-                os.pwrite(descriptor, bytes(_PAGE), start)  # a sparse page would kill who writes to it on a full disk
+                page = _MARK.to_bytes(8, "little").ljust(_PAGE, b"\0")
+                os.pwrite(descriptor, page, start)  # a sparse page would kill who writes to it on a full disk
                 return mmap.mmap(descriptor, _PAGE, offset=start)
             finally:
                 os.close(descriptor)

@@ -26,11 +26,15 @@ _HOPELESS = 100
 
 
 class WarmReport(NamedTuple):
-    """What a warm-up found and did; `uncached` counts what did not fit, most of which was not fetched either."""
+    """What a warm-up found and did: `resident` were cached when it came to them, `fetched` it brought itself, `shared`
+    came by another process meanwhile; `bytes` are those of the last two. `uncached` counts what did not fit, most of
+    which was not fetched either.
+    """
 
     objects: int
     resident: int
     fetched: int
+    shared: int
     bytes: int
     uncached: int
     failures: tuple[str, ...]
@@ -38,6 +42,7 @@ class WarmReport(NamedTuple):
 
     def __str__(self) -> str:
         lines = f"{self.objects:,} objects: {self.resident:,} were cached, {self.fetched:,} fetched"
+        lines += f", {self.shared:,} brought by others" if self.shared else ""
         lines += f" ({self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s)"
         if self.uncached:
             lines += f", {self.uncached:,} did not fit into the cache"
@@ -45,7 +50,8 @@ class WarmReport(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a warm-up would do: `gets` requests for `bytes`, after `lists` for the listing; `room` is what is free.
+    """What a warm-up would do: `gets` requests for `bytes`, after the `lists` that the listing took; `room` is what
+    is free.
 
     `seconds` is what the requests take at the least, at the round trip that was measured; None where none was.
     """
@@ -146,8 +152,8 @@ async def warm(fetcher: "Fetcher", missing: Missing, advance: Advance) -> WarmRe
     Failures of single objects are collected. A store that cannot be reached, or that has given nothing after 100
     failures, raises what it raised.
     """
-    started, before = time.monotonic(), fetcher.uncached
-    fetched, size, failures = 0, 0, list[str]()
+    started, before, done = time.monotonic(), fetcher.uncached, fetcher.done
+    arrived, size, failures = 0, 0, list[str]()
     try:
         async with aclosing(fetcher.outcomes(missing.chunks())) as outcomes:
             async for _, result in outcomes:
@@ -155,16 +161,17 @@ async def warm(fetcher: "Fetcher", missing: Missing, advance: Advance) -> WarmRe
                     raise result
                 if isinstance(result, AsyncdsError):
                     failures.append(str(result))
-                    if not fetched and len(failures) >= _HOPELESS:
+                    if not arrived and len(failures) >= _HOPELESS:
                         raise result
                 else:
-                    fetched, size = fetched + 1, size + len(result.body)
+                    arrived, size = arrived + 1, size + len(result.body)
                     del result  # or it is held until the next one is there
                 seconds = max(time.monotonic() - started, 1e-3)
-                rate = f"{size / 1e6:,.1f} MB, {fetched / seconds:,.0f}/s, {size / 1e6 / seconds:,.1f} MB/s"
+                rate = f"{size / 1e6:,.1f} MB, {arrived / seconds:,.0f}/s, {size / 1e6 / seconds:,.1f} MB/s"
                 advance(1, note=f"{rate}, {len(failures):,} failed, {fetcher.in_flight:,} in flight")
     finally:
         await fetcher.flush()
     uncached = missing.unfit + fetcher.uncached - before
-    seconds = time.monotonic() - started
-    return WarmReport(missing.total, missing.resident, fetched, size, uncached, tuple(failures), seconds)
+    fetched = min(arrived, fetcher.done - done)  # what else is brought here meanwhile does not count
+    report = WarmReport(missing.total, missing.resident, fetched, arrived - fetched, size, uncached, tuple(failures), 0)
+    return report._replace(seconds=time.monotonic() - started)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -283,6 +284,53 @@ def test_dataset_is_held_by_who_opens_it_while_room_is_made_from_it_as_soon_as_t
     go_on.set()
     assert ours.recv() == 20
     assert cache.check() == {}
+
+
+@pytest.mark.parametrize("how", ["clear", "make room"])
+def test_dataset_that_comes_into_use_while_it_is_removed_keeps_what_is_left(tmp_path, child, how):
+    cache = Cache(tmp_path, limit=10_000_000)
+    cache.hold("used")
+    keys = stored(cache, some("used", 1300, 200), "used")
+    cache.release("used")
+    context = multiprocessing.get_context("fork")
+    opened, held, go_on = context.Event(), context.Event(), context.Event()
+    ours, theirs = context.Pipe()
+
+    def comes():
+        child("fork", hold_and_count, tmp_path, "used", keys, opened, held, go_on, theirs, wait=False)
+        while not cache.in_use():  # for as long as the test has time
+            pass
+        assert not held.is_set(), "it waits for what goes on"
+
+    if how == "clear":
+        asked = itertools.count(1)
+        done = cache.clear("used", spare=lambda: next(asked) == 3 and bool(comes()))
+        assert (done.bytes > 0, done.whole) == (True, False)
+    else:
+        making_room = cache._clearing._of_nobody("other")
+        cache._clearing._drop(next(making_room))
+        cache._clearing._drop(next(making_room))
+        comes()
+        assert list(making_room) == []
+    assert held.wait(20)
+    go_on.set()
+    assert ours.recv() == 300
+    assert cache.check() == {}
+
+
+def test_what_is_in_use_is_asked_anew_before_each_time(tmp_path):
+    cache, left = Cache(tmp_path), list[int]()
+    stored(cache, some("used", 1300, 200), "used")
+
+    def spare():
+        left.append(len(cache))
+        return len(left) == 3
+
+    assert not cache.clear("used", spare=spare).whole
+    assert left == [1300, 1300, 800]
+    assert cache.clear("used", spare=lambda: True) == (0, False)
+    assert cache.clear("used").whole
+    assert len(cache) == 0
 
 
 @pytest.mark.parametrize("way", ["whole", "in parts"])

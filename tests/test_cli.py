@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from asyncds import S3Reader
 from asyncds.cache import Cache
 from asyncds.dataset import CachedS3MapDataset
 from asyncds.entry import NewEntry
@@ -65,6 +67,22 @@ def test_quiet_warm_prints_nothing(bucket):
     assert run("warm", "s3://mnist/train", "--quiet") == (0, "", "")
 
 
+def drawn_by(*arguments: str) -> bytes:
+    """What a command that ends well draws in a terminal."""
+    reader, writer = os.openpty()
+    with start(*arguments, stderr=writer) as process:
+        os.close(writer)
+        drawn = b""
+        try:
+            while chunk := os.read(reader, 4096):
+                drawn += chunk
+        except OSError:  # how Linux says that nobody writes to the terminal any more
+            pass
+        os.close(reader)
+    assert process.returncode == 0
+    return drawn
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -75,17 +93,7 @@ def test_quiet_warm_prints_nothing(bucket):
     ],
 )
 def test_warm_draws_a_bar_in_a_terminal(bucket, arguments, expected):
-    reader, writer = os.openpty()
-    with start("warm", "s3://mnist/train/", *arguments, stderr=writer) as process:
-        os.close(writer)
-        drawn = b""
-        try:
-            while chunk := os.read(reader, 4096):
-                drawn += chunk
-        except OSError:  # how Linux says that nobody writes to the terminal any more
-            pass
-        os.close(reader)
-    assert process.returncode == 0
+    drawn = drawn_by("warm", "s3://mnist/train/", *arguments)
     assert [text in drawn for text in expected] == [True] * len(expected)
     assert bool(drawn) == bool(expected)
 
@@ -171,7 +179,7 @@ def test_processes_of_a_node_share_the_work(bucket, monkeypatch):
         output, errors = process.communicate(timeout=50)
         assert (process.returncode, errors) == (0, "")
         documents += json.loads(output)["datasets"]
-    assert [row["objects"] for row in documents] == [10, 10, 10]
+    assert sum(row["objects"] for row in documents) == 30
     assert sum(row["fetched"] for row in documents) == 30
     assert (len(bucket.stats.gets), set(bucket.stats.gets.values())) == (30, {1})
 
@@ -183,7 +191,7 @@ def test_warm_takes_several_uris_and_goes_on_after_one_that_fails(bucket):
     failed, train, test = json.loads(output)["datasets"]
     assert (failed["uri"], "the bucket does not exist" in failed["error"]) == ("s3://no-such-bucket/x", True)
     assert (train["fetched"], test["fetched"]) == (30, 1)
-    keys = ["uri", "objects", "resident", "fetched", "bytes", "uncached", "failures", "seconds"]
+    keys = ["uri", "objects", "resident", "fetched", "shared", "bytes", "uncached", "failures", "seconds"]
     assert list(train) == keys
 
 
@@ -212,8 +220,16 @@ def test_dry_run_says_what_it_would_take_and_gets_nothing(bucket):
     (plan,) = document["datasets"]
     assert document["dry_run"]
     assert list(plan) == ["uri", "objects", "resident", "lists", "gets", "bytes", "room", "seconds"]
+    assert plan["lists"] == 1
     assert plan["bytes"] == sum(9 * len(key) for key in KEYS if "/1/" not in key)
     assert bucket.stats.requests["GET"] == 0
+
+
+def test_dry_run_counts_the_requests_that_listing_took(bucket):
+    bucket.put_many("mnist", {f"many/{place % 9}/{place:05}": b"x" for place in range(4000)})
+    (plan,) = json_of("warm", "s3://mnist/many/", "--dry-run")["datasets"]
+    assert (plan["objects"], plan["lists"]) == (4000, bucket.stats.requests["LIST"])
+    assert plan["lists"] > 4, "folders were asked for, too"
 
 
 def test_bucket_that_forbids_listing_is_warmed_by_a_manifest(bucket, tmp_path):
@@ -234,6 +250,7 @@ def test_bucket_that_forbids_listing_is_warmed_by_a_manifest(bucket, tmp_path):
     [
         (lambda data: data[:-40], "cut short"),
         (lambda data: data[:5], "no manifest, or a damaged one"),
+        (lambda data: b"some text\n" * 99, "no manifest, or a damaged one (it does not begin as one): list the prefix"),
         (lambda data: data.replace(b'"version": 1', b'"version": 9'), "a manifest of format 9; this asyncds reads"),
     ],
 )
@@ -309,6 +326,36 @@ def test_wrong_call_gets_one_sentence_and_its_exit_code(bucket, arguments, code,
     assert not bucket.stats.requests["GET"]
 
 
+@pytest.mark.parametrize("uri", ["s3://my bucket/x", "s3://Mn_ist!!/x", "s3://mn\nist/x"])
+def test_name_that_no_bucket_has(bucket, uri):
+    code, output, errors = run("warm", uri)
+    assert (code, output, len(errors.splitlines())) == (2, "", 1)
+    assert errors.endswith("cannot be a bucket's name: that has 3 to 63 small letters, digits, dots and hyphens\n")
+    assert "regex" not in errors
+
+
+def test_keys_of_many_lines_are_shown_in_one(bucket):
+    uri = "s3://mnist/a\nb/"
+    code, _, errors = run("warm", uri)
+    assert (code, len(errors.splitlines())) == (1, 1)
+    assert errors.startswith(r"error: s3://mnist/a\nb/ at ")
+    bucket.put("mnist", "a\nb/c", b"x")
+    assert run("warm", uri)[1].startswith(r"s3://mnist/a\nb/: 1 objects")
+    assert run("ls")[1].splitlines()[1].startswith(r"s3://mnist/a\nb/ at ")
+    with CachedS3MapDataset.from_prefix(uri) as dataset:
+        assert len(dataset) == 1
+        assert run("clear", uri, "--yes")[2].startswith(r"error: s3://mnist/a\nb/ at ")
+    assert run("non\nsense")[2] == "error: No such command 'non\\nsense'.\n"
+
+
+def test_who_has_no_credentials_is_told_of_nothing_else(bucket, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    code, output, errors = run("warm", "s3://mnist/train/")
+    assert (code, output, len(errors.splitlines())) == (1, "", 1)
+    assert errors.endswith("no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE\n")
+
+
 def test_help_needs_neither_torch_nor_botocore():
     script = (
         "import sys\nfrom asyncds.cli import main\nsys.argv = ['asyncds', '--help']\n"
@@ -328,11 +375,34 @@ def test_verify_finds_and_mends(bucket, tmp_path):
     folder = Settings().cache_dir / "asyncds" / "objects" / "ab"
     folder.mkdir(0o700, exist_ok=True)
     (folder / f"{0:030x}.tmp").touch(0o600)
+    foreign = [Settings().cache_dir / "asyncds" / name for name in ("mine", "stats/mine", "locks/mine")]
+    for path in foreign:
+        path.touch()
+        path.chmod(0o644)
+    (Settings().cache_dir / "asyncds" / "stats").chmod(0o755)
     code, output, errors = run("verify")
-    assert (code, errors.splitlines()[0].partition(" (")[0]) == (1, "temporary: 1")
+    found = [line.partition(" (")[0] for line in errors.splitlines() if not line.startswith(" ")]
+    assert (code, found) == (1, ["temporary: 1", "permissions: 1"])
+    drawn = drawn_by("verify", "--fix")
+    assert [text in drawn for text in (b"verifying", b"verifying again", b"30/30")] == [True] * 3
     code, output, errors = run("verify", "--fix")
-    assert (code, "mended" in output) == (0, True)
-    assert run("verify")[0] == 0
+    assert (code, errors, "mended" in output) == (0, "", False)
+    assert [path.stat().st_mode & 0o777 for path in foreign] == [0o644] * 3
+
+
+def test_permissions_of_all_that_asyncds_makes_are_verified(bucket, monkeypatch):
+    bucket.put("mnist", "train/large", bytes(50_000))
+    monkeypatch.setenv("ASYNCDS_MANIFEST_MAX_AGE", "60")
+    with CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=S3Reader.read) as dataset:
+        dataset.__getitems__(range(31))
+        pickle.dumps(dataset)
+        folder = dataset._parts[0].source.cache.directory
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert {path.parent.name for path in files} >= {"locks", "datasets", "manifests", "stats", "objects", "asyncds"}
+        for path in files:
+            path.chmod(0o644)
+        problems = dataset._parts[0].source.cache.check()
+    assert {text.rpartition(":")[0] for text in problems["permissions"]} == set(map(str, files))
 
 
 @pytest.mark.parametrize("name", ["file", "misspelt"])
@@ -491,6 +561,21 @@ def test_clear_by_age(two):
     assert cached() == ["s3://mnist/train/"]
 
 
+def test_clear_by_age_passes_over_what_is_in_use(two):
+    with CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=lambda file: file.read()) as dataset:
+        len(dataset)
+        for note in (Settings().cache_dir / "asyncds" / "datasets").glob("*.json"):
+            os.utime(note, (time.time() - 8 * 86400,) * 2)
+        code, output, errors = run("clear", "--older-than", "7d", "--yes")
+        assert (code, "1 of 2 datasets removed" in output) == (0, True)
+        assert errors == f"note: {name_of(two, 'train/')} is in use: it stays\n"
+        code, output, _ = run("clear", "--older-than", "7d", "--yes", "--json")
+        assert (code, json.loads(output)["kept"]) == (0, [name_of(two, "train/")])
+        assert cached() == ["s3://mnist/train/"]
+        assert run("clear", "--older-than", "7d", "--yes", "--force")[::2] == (0, "")
+    assert [json_of("stats")[name] for name in ("entries", "datasets")] == [0, 0]
+
+
 def test_clear_leaves_what_is_not_ours(two):
     folder = Settings().cache_dir / "asyncds"
     foreign = [folder / "objects" / "notes.txt", folder / "mine", Settings().cache_dir / "other"]
@@ -550,7 +635,9 @@ def test_clear_spares_what_a_living_process_uses_as_part_of_another_dataset(two)
         (["clear", "--older-than", "7 parsecs"], 2, "older_than='7 parsecs': must be an age with a unit"),
         (["clear", "s3://mnist/nothing", "--yes"], 1, "s3://mnist/nothing: nothing of it is cached"),
         (["clear", "s3://", "--yes"], 2, "'s3://' is no S3 URI"),
-        (["ls", "s3://mnist/nothing"], 1, "s3://mnist/nothing: nothing of it is cached"),
+        (["ls", "s3://mnist/nothing"], 1, "s3://mnist/nothing: nothing of it is cached; `asyncds ls` shows what is"),
+        (["ls", "s3://mnist/train"], 1, "s3://mnist/train: nothing of it is cached; s3://mnist/train/ is\n"),
+        (["warm", "s3://mnist/train/", "--from-manifest", "f"], 2, "by URIs or by --from-manifest FILE, not by both"),
         (["ls", "--changes"], 2, "--changes needs the URI"),
         (["ls", "--changes", "s3://mnist/nothing"], 1, "no listing of it is saved"),
         (["ls", "--cache-dir", "nowhere"], 1, "nowhere: there is no cache here"),

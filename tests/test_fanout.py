@@ -117,6 +117,56 @@ async def test_many_requests_are_in_flight_at_once(keys):
     assert store.most_in_flight == 8
 
 
+class PagedBy16(PagedStore):
+    """It lists in the order of UTF-16, where what lies above U+FFFF comes before U+E000."""
+
+    def __init__(self, keys, page_size):
+        super().__init__([], page_size)
+        for key in keys:
+            self.bucket.put(key.encode("utf-16-be"), StoredObject(key.encode()))
+
+    def info(self, key):
+        return ObjectInfo("b", key.decode("utf-16-be"), len(key), self.bucket.objects[key].etag.strip('"'))
+
+    async def page(self, bucket, prefix, *, after="", token=None):
+        self.calls["page"] += 1
+        start = (after.encode("utf-16-be") + b"\0" if after else b"") if token is None else bytes.fromhex(token)
+        return await self._page(prefix, "", start)
+
+    async def folders(self, bucket, prefix):
+        self.calls["folders"] += 1
+        return (await self._page(prefix, "/", b"")).objects
+
+    async def _page(self, prefix, delimiter, start):
+        await asyncio.sleep(0)
+        page = self.bucket.page(prefix.encode("utf-16-be"), delimiter.encode("utf-16-be"), start, self.page_size)
+        if delimiter:
+            return Page([name.decode("utf-16-be") for name in page.prefixes], None)
+        return Page([self.info(key) for key in page.keys], None if page.resume is None else page.resume.hex())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sets(st.text(st.sampled_from("ab/😀\ue000\uffff"), min_size=1, max_size=4), max_size=60), st.integers(1, 7))
+def test_no_key_is_lost_of_a_store_that_lists_in_the_order_of_utf16(keys, page_size):
+    counts = []
+    found, _ = asyncio.run(both(PagedBy16(keys, page_size), at_once=9, progress=counts.append))
+    assert [info.key for info in found] == sorted(key for key in keys if not key.endswith("/"))
+    assert sum(counts) == len(keys)
+
+
+async def test_key_that_goes_while_many_are_listed_does_not_make_it_begin_anew():
+    class Losing(PagedStore):
+        async def page(self, bucket, prefix, *, after="", token=None):
+            page = await super().page(bucket, prefix, after=after, token=token)
+            for info in page.objects[: after != ""]:  # is there no more when the range before comes to it
+                self.bucket.delete(info.key.encode())
+            return page
+
+    store = Losing([f"n{i % 40:04}/{i:06}" for i in range(900)])
+    await list_store(store, "b", "", at_once=8)
+    assert store.calls["list"] == 0
+
+
 async def test_one_page_takes_one_request():
     _, asked = await both(PagedStore([f"{i}/x" for i in range(7)], page_size=8))
     assert asked == {"page": 1}

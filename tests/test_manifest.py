@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -406,7 +407,28 @@ def test_sum_with_something_else_is_a_type_error():
         _ = table(objects("a")) + 1
 
 
+TEXTS = st.one_of(st.binary(max_size=4), st.binary(min_size=3, max_size=3), st.binary(max_size=60))
+
+
+@QUICK
+@given(st.lists(TEXTS, min_size=1, max_size=80), st.data())
+def test_texts_are_picked_in_any_order(texts, data):
+    some = st.lists(st.integers(0, len(texts) - 1), max_size=99)
+    rows = np.array(data.draw(st.one_of(some, some.map(sorted), st.just(range(len(texts))))), np.int64)
+    flat, ends = np.frombuffer(b"".join(texts), np.uint8), np.cumsum([0, *map(len, texts)]).astype("<u8")
+    picked, their_ends = columns.pick(flat, ends, rows)
+    assert [picked[a:b].tobytes() for a, b in pairwise(their_ends.tolist())] == [texts[row] for row in rows]
+
+
 GLOBS = st.text(st.sampled_from("ab*?[]!é"), max_size=5)
+STARS = st.lists(st.sampled_from(["a", "b", "ab", "ba", "é", "*"]), max_size=7).map("".join)
+
+
+@QUICK
+@given(st.lists(st.text(st.sampled_from("abé"), max_size=12), max_size=20), STARS)
+def test_filter_fits_any_number_of_stars(keys, match):
+    found = [info.key for info in table(objects(*keys)).filter(match)]
+    assert found == [key for key in keys if fnmatchcase(key, match)]
 
 
 @QUICK

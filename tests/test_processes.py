@@ -89,6 +89,48 @@ def test_forked_child_neither_has_nor_frees_the_locks_of_its_parent(tmp_path, ch
     child("fork", child_of_a_holder, tmp_path / "locks")
 
 
+def ask_until_told(path, pipe):
+    locks = Locks.at(path)
+    pipe.send(locks.is_shared(b"taken"))
+    while not pipe.poll():
+        assert not locks.is_shared(b"a")
+
+
+def test_asking_whether_a_lock_is_shared_leaves_no_trace(tmp_path, child):
+    locks = Locks.at(tmp_path / "locks")
+    assert locks.take(b"taken")
+    ours, theirs = multiprocessing.Pipe()
+    process = child("fork", ask_until_told, tmp_path / "locks", theirs, wait=False)
+    assert not ours.recv(), "who has it alone does not share it"
+    for _ in range(20_000):
+        assert locks.take(b"a")
+        locks.release(b"a")
+    ours.send("enough")
+    process.join()
+    assert process.exitcode == 0
+
+
+def share_and_wait(path, pipe):
+    pipe.send(Locks.at(path).share(b"a"))
+    pipe.recv()
+
+
+def test_lock_is_shared_for_as_long_as_somebody_shares_it(tmp_path, child):
+    locks = Locks.at(tmp_path / "locks")
+    assert not locks.is_shared(b"a")
+    ours, theirs = multiprocessing.Pipe()
+    process = child("fork", share_and_wait, tmp_path / "locks", theirs, wait=False)
+    assert ours.recv()
+    assert (locks.is_shared(b"a"), locks.is_shared(b"b")) == (True, False)
+    assert locks.share(b"a")
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert locks.is_shared(b"a"), "by this process"
+    locks.release(b"a")
+    assert not locks.is_shared(b"a")
+    assert not Locks(None).is_shared(b"a")
+
+
 # datasets
 
 

@@ -45,15 +45,15 @@ def rows(sizes=SIZES, **choice):
         ({"limit": "40%"}, [0, 1]),
         ({"limit": 0.5}, [0, 1, 2]),
         ({"limit": "1%"}, [0]),
+        ({"limit": "20.1%"}, [0, 1]),
+        ({"limit": "6e1 %"}, [0, 1, 2]),
         ({"limit": "100%"}, [0, 1, 2, 3, 4]),
         ({"limit": "60B", "order": "smallest"}, [1, 3, 4]),
         ({"limit": "59B", "order": "smallest"}, [1, 3]),
         ({"limit": "1GB"}, [0, 1, 2, 3, 4]),
         ({"limit": 3, "match": "*.png", "order": "smallest"}, [3, 4, 2]),
-        ({"partition": "0/2"}, [0, 2, 4]),
-        ({"partition": "1/2"}, [1, 3]),
-        ({"partition": "6/7"}, []),
-        ({"partition": "1/2", "order": "smallest", "limit": 4}, [3, 2]),
+        ({"match": ["a*png", "*", "?"], "exclude": "*[!0-3].*"}, [0, 1, 2, 3]),
+        ({"partition": "0/1"}, [0, 1, 2, 3, 4]),
     ],
 )
 def test_rows_are_those_that_were_asked_for(choice, expected):
@@ -71,9 +71,49 @@ def test_shuffle_is_the_same_for_the_same_seed():
     assert any(rows(order="shuffle", seed=seed) != first for seed in range(5))
 
 
-def test_parts_are_disjoint_and_complete():
-    parts = [rows(order="shuffle", partition=f"{part}/3") for part in range(3)]
-    assert sorted(np.concatenate(parts).tolist()) == [0, 1, 2, 3, 4]
+def table_of(keys, buckets=("b",)):
+    builder = ManifestBuilder()
+    for number, key in enumerate(keys):
+        builder.add(ObjectInfo(buckets[number % len(buckets)], key, number * 7919 % 1000, "e"))
+    return builder.build(endpoint="x", source="s3://b/")
+
+
+MANY = [f"train/{number:07}.png" for number in range(10_000)]
+
+
+@pytest.mark.parametrize("choice", [{}, {"order": "shuffle"}, {"limit": 700, "order": "smallest"}, {"match": "*3*"}])
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_parts_are_disjoint_and_complete_and_about_equal_and_each_in_order(choice, parts):
+    manifest = table_of(MANY[:5000])
+    whole = Selection.of(**choice).rows(manifest).tolist()
+    found = [Selection.of(**choice, partition=f"{part}/{parts}").rows(manifest).tolist() for part in range(parts)]
+    assert sorted(np.concatenate(found).tolist()) == sorted(whole)
+    for some in found:
+        members = set(some)
+        assert [row for row in whole if row in members] == some
+        assert 0.75 < len(some) * parts / len(whole) < 1.25
+
+
+def test_parts_of_listings_that_differ_agree_about_each_key():
+    listed, later = table_of(MANY[1::2]), table_of(["a", *MANY, "z"])
+    brought = {listed[row].key for row in Selection.of(partition="0/2").rows(listed)}
+    brought |= {later[row].key for row in Selection.of(partition="1/2").rows(later)}
+    assert brought >= set(MANY[1::2])
+    again = {later[row].key for row in Selection.of(partition="0/2").rows(later)}
+    assert brought | again == {"a", *MANY, "z"}
+    assert {listed[row].key for row in Selection.of(partition="0/2").rows(listed)} <= again
+
+
+def test_parts_do_not_depend_on_which_buckets_a_table_has():
+    one, two = table_of(["k", "l", "m"]), table_of(["k", "x", "l", "y", "m"], ["b", "c"])
+    assert one.shares(97).tolist() == two.shares(97).tolist()[::2]
+
+
+@pytest.mark.parametrize("percent", range(1, 101))
+def test_share_is_exact(percent):
+    hundred = table_of(MANY[:100])
+    assert len(Selection.of(limit=f"{percent}%").rows(hundred)) == percent
+    assert len(Selection.of(limit=percent / 100).rows(hundred)) == (percent if percent < 100 else 100)
 
 
 @pytest.mark.parametrize(
@@ -122,12 +162,37 @@ def test_bytes_of_objects_whose_sizes_nobody_knows():
         ({}, (0, 1)),
         ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "RANK": "9", "WORLD_SIZE": "16"}, (1, 4)),
         ({"SLURM_LOCALID": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_PROCID": "10"}, (2, 8)),
+        ({"SLURM_LOCALID": "2", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NTASKS_PER_NODE": "8"}, (2, 4)),
+        ({"SLURM_LOCALID": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "1"}, (2, 4)),
+        ({"SLURM_LOCALID": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2"}, (2, 3)),
+        ({"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1,2,1(x2)", "SLURM_NODEID": "3"}, (0, 1)),
+        ({"SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x16)"}, (1, 4)),
         ({"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_RANK": "2"}, (0, 2)),
         ({"RANK": "1", "WORLD_SIZE": "4"}, (0, 1)),
     ],
 )
 def test_local_variables_of_launchers_say_which_part(variables, expected):
     assert local_partition(variables) == expected
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_NODEID": "3"},
+        {"SLURM_NODEID": "one"},
+        {},
+    ],
+)
+def test_node_that_is_not_among_those_of_the_step(variables):
+    variables = {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3"} | variables
+    with pytest.raises(ConfigurationError, match=r"3 nodes, and SLURM_NODEID=.* none of them: write"):
+        local_partition(variables)
+
+
+@pytest.mark.parametrize("tasks", ["many", "", "4(x2", "4(x)"])
+def test_tasks_that_are_no_numbers(tasks):
+    with pytest.raises(ConfigurationError, match="SLURM_LOCALID/SLURM_STEP_TASKS_PER_NODE='0/"):
+        local_partition({"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": tasks})
 
 
 @pytest.mark.parametrize("variables", [{"LOCAL_RANK": "1"}, {"LOCAL_RANK": "4", "LOCAL_WORLD_SIZE": "4"}])
@@ -173,6 +238,26 @@ async def test_cancelled_warm_of_a_fetcher_keeps_what_arrived(tmp_path):
         store.gates[KEYS[-1]].set()
         report = await fetcher.warm(infos)
     assert report.resident + report.fetched == len(KEYS)
+    assert set(store.gets.values()) == {1}
+
+
+async def test_what_another_brings_meanwhile_is_counted_apart(tmp_path):
+    store, cache = FakeStore({("b", key): key.encode() for key in KEYS}), Cache(tmp_path)
+    store.gates = {KEYS[0]: asyncio.Event()}
+    infos = [store.info("b", key) for key in KEYS]
+    options = {"concurrency": 9, "retry": Retry(1, deadline=20, first_contact=5)}
+    async with Fetcher(store, cache, **options) as other, Fetcher(store, Cache(tmp_path), **options) as fetcher:
+        bringing = asyncio.create_task(other.get(infos[0]))
+        while not store.in_flight:  # for as long as the test has time
+            await asyncio.sleep(0)
+        warming = asyncio.create_task(fetcher.warm(infos))
+        while len(cache) < len(KEYS) - 1:
+            await asyncio.sleep(0)
+        store.gates[KEYS[0]].set()
+        report, _ = await asyncio.gather(warming, bringing)
+    assert (report.resident, report.fetched, report.shared) == (0, len(KEYS) - 1, 1)
+    assert report.bytes == sum(len(key) for key in KEYS)
+    assert "5 objects: 0 were cached, 4 fetched, 1 brought by others (" in str(report)
     assert set(store.gets.values()) == {1}
 
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from asyncds.stats import COUNTERS, Counters, percentiles
+from asyncds.stats import _MARK, COUNTERS, Counters, mark_of, percentiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -147,6 +147,27 @@ def test_percentiles_of_latencies_are_right_to_within_a_tenth_over_processes(cou
     twice = percentiles([counters.latencies(), counters.latencies()])
     assert twice == found
     assert set(percentiles([[0.0] * len(counters.latencies())]).values()) == {0.0}
+
+
+def count_as_another_version(counters, change):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("asyncds.stats._MARK", change)
+        count(counters, 5)
+
+
+@pytest.mark.parametrize("mark", [0, 1, 2**64 - 1])
+def test_pages_of_another_version_are_not_counted(counters, child, mark):
+    child("fork", count_as_another_version, counters, mark)
+    assert (counters.path.stat().st_size, totals(counters), counters.readable) == (mmap.PAGESIZE, (0, 0, 0.0), False)
+    count(counters, 2)
+    assert (totals(counters), counters.readable) == ((2, 20, 1.0), True)
+
+
+def test_each_layout_has_its_own_mark():
+    now = (COUNTERS, 64, 0.0005, 1.2)
+    marks = {mark_of(*now), mark_of(COUNTERS[1:], *now[1:]), mark_of(*now[:2], 0.001, 1.2)}
+    assert len(marks) == 3
+    assert _MARK in marks
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e-9, 0.0005, 59.0, 1e6])

@@ -665,7 +665,7 @@ LASTING = {  # what is raised at once, and what the message must say
     "expired token": (Fault.status(400, "ExpiredToken"), AccessDenied, "ExpiredToken"),
     "404": (Fault.status(404), ObjectNotFound, "list the prefix again"),
     "bucket gone": (Fault.status(404, "NoSuchBucket"), BucketNotFound, "check its name"),
-    "bad bucket name": (Fault.status(400, "InvalidBucketName"), ConfigurationError, "3 to 63 characters"),
+    "bad bucket name": (Fault.status(400, "InvalidBucketName"), ConfigurationError, "3 to 63 small letters"),
     "405": (Fault.status(405), StoreError, "405"),
 }
 

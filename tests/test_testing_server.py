@@ -807,6 +807,22 @@ def test_client_that_does_not_trust_it_harms_no_other(tls):
         client.close()
 
 
+def test_clients_amid_their_handshake_are_left_to_nobody_when_it_stops(tls):
+    """A warning of what the loop left open would be an error here."""
+    with S3Server(tls=(tls[0], tls[1])) as server:
+        place = server.endpoint.rpartition("/")[2].split(":")
+        clients = [socket.create_connection((place[0], int(place[1]))) for _ in range(3)]
+        clients[0].sendall(b"\x16\x03\x01\x02\x00")  # the first bytes of a hello
+        clients[1].close()
+        with socket.create_connection((place[0], int(place[1]))) as whole:
+            context = ssl.create_default_context(cafile=tls[2])
+            with context.wrap_socket(whole, server_hostname="127.0.0.1"):  # those before it have been accepted
+                pass
+    for client in (clients[0], clients[2]):
+        with client, contextlib.suppress(ConnectionResetError):
+            assert client.recv(99) == b""
+
+
 def test_files_that_are_no_certificate_and_key_are_named(tls, tmp_path):
     certificate, key, _ = tls
     for pair in [(tmp_path / "none.pem", key), (key, certificate)]:

@@ -14,6 +14,7 @@ from asyncds.cli.tune import tune
 from asyncds.cli.verify import verify
 from asyncds.cli.warm import warm
 from asyncds.errors import AsyncdsError
+from asyncds.progress import one_line
 
 __all__ = ["main"]
 
@@ -31,13 +32,14 @@ for _command in (warm, tune, ls, stats, verify, clear, config, demo):
 
 
 def _show(message: Warning | str, *_: object) -> None:
-    click.echo(f"warning: {message}", err=True)
+    click.echo(f"warning: {one_line(f'{message}')}", err=True)
 
 
 def _tell(error: click.ClickException) -> None:
     """In one line, but for help that was asked for by saying nothing."""
     text = error.format_message()
-    click.echo(text if "\n" in text else f"error: {text}", err=True)
+    is_help = isinstance(error, click.exceptions.NoArgsIsHelpError)
+    click.echo(text if is_help else f"error: {one_line(text)}", err=True)
 
 
 def main() -> None:
@@ -46,7 +48,7 @@ def main() -> None:
     try:
         _commands.main(prog_name="asyncds", standalone_mode=False)
     except AsyncdsError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {one_line(str(error))}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         _tell(error)

@@ -4,6 +4,7 @@ import re
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import click
 
 from asyncds.cli.opening import as_json, cache_dir, opened, print_json, print_table, store_options
 from asyncds.errors import CacheError, ConfigurationError
+from asyncds.progress import one_line
 
 if TYPE_CHECKING:
     from asyncds.cache import Cache
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["clear", "ls", "stats"]
 
 _SHOWN = 20
+_STAYS = {
+    True: "error: {} is in use: it stays; end its processes, or give --force",
+    False: "note: {} is in use: it stays",
+}
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -69,7 +75,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         listed = "?" if row["listed"] is None else f"{row['listed']:,}"
         share = "?" if row["percent"] is None else f"{int(row['percent'])} %"  # 100 is all, not almost all
         used = "now" if row["in_use"] else _ago(row["used"])
-        cells.append([row["dataset"], f"{row['objects']:,}", listed, share, decimal(row["bytes"]), used])
+        cells.append([one_line(row["dataset"]), f"{row['objects']:,}", listed, share, decimal(row["bytes"]), used])
     print_table(["dataset", "objects", "of", "cached", "on disk", "used"], cells, right=True)
 
 
@@ -104,7 +110,7 @@ def _changes(uri: str, place: Path | None, as_json: bool, store: dict[str, Any])
             click.echo(f"{kind} {info.key!r}")
         if len(rows) > _SHOWN:
             click.echo(f"{kind} … and {len(rows) - _SHOWN:,} more")
-    click.echo(f"{source.tag}: {found}")
+    click.echo(f"{one_line(source.tag)}: {found}")
 
 
 def _required(uri: str | None) -> str:
@@ -128,7 +134,7 @@ def stats(cache_dir: Path | None, as_json: bool) -> None:
     from asyncds.contents import counted
 
     with opened(cache_dir) as cache:
-        datasets = cache.datasets()
+        datasets = [held for held in cache.datasets() if held.objects or held.in_use]
         runs, sums = counted(cache)
         size = {"entries": len(cache), "bytes": cache.volume(), "limit": cache.capacity, "room": max(0, cache.room())}
     document = {"cache": str(cache.directory), "datasets": len(datasets)} | size | {"runs": runs, "counters": sums}
@@ -185,37 +191,52 @@ def clear(
 ) -> None:
     """Remove datasets from the cache, by URI, by age, or all.
 
-    A name, as `ls` shows it, will do in the place of a URI. What a running process uses stays, and makes the exit code
-    1. What asyncds did not put there is never touched.
+    A name, as `ls` shows it, will do in the place of a URI. What a running process uses stays, also where it begins to
+    meanwhile: that makes the exit code 1, but for --older-than. What asyncds did not put there is never touched.
     """
     if (bool(uris), older_than is not None, everything).count(True) != 1:
         raise ConfigurationError("say what to clear: URIs, --older-than AGE, or --all")
     age = None if older_than is None else _seconds(older_than)
     with opened(cache_dir) as cache:
-        chosen = [held for uri in dict.fromkeys(uris) for held in _named(cache, uri)] if uris else cache.datasets()
-        if age is not None:
-            chosen = [held for held in chosen if held.used is not None and held.used < time.time() - age]
+        chosen, kept = _chosen(cache, uris, age, force)
         if chosen and not yes:
             _confirm(chosen)
-        cleared, kept = _cleared(cache, chosen, force)
+        cleared, in_use = _cleared(cache, chosen, force)
+    kept += in_use
     if as_json:
         print_json({"cache": str(cache.directory), "cleared": cleared, "kept": kept})
     else:
-        size = sum(row["bytes"] for row in cleared)
-        click.echo(
-            f"{cache.directory}: {len(cleared):,} of {len(chosen):,} datasets removed, {size / 1e6:,.1f} MB freed"
-        )
+        _summarise(cache, cleared, kept)
     for name in kept:
-        click.echo(f"error: {name} is in use: it stays; end its processes, or give --force", err=True)
-    if kept:
+        click.echo(_STAYS[age is None].format(one_line(name)), err=True)
+    if kept and age is None:
         raise SystemExit(1)
 
 
+def _summarise(cache: "Cache", cleared: list[dict[str, Any]], kept: list[str]) -> None:
+    from rich.filesize import decimal
+
+    freed, count = decimal(sum(row["bytes"] for row in cleared)), len(cleared) + len(kept)
+    click.echo(f"{cache.directory}: {len(cleared):,} of {count:,} datasets removed, {freed} freed")
+
+
+def _chosen(cache: "Cache", uris: tuple[str, ...], age: float | None, force: bool) -> "tuple[list[Held], list[str]]":
+    """What is to go; and what stays though it is old enough: a run that takes long has opened it long ago."""
+    if age is None:
+        named = {held.name: held for uri in uris for held in _named(cache, uri)}
+        return [*named.values()] if uris else cache.datasets(), []
+    old = [held for held in cache.datasets() if held.used is not None and held.used < time.time() - age]
+    spared = [held for held in old if held.in_use and not force]
+    return [held for held in old if held not in spared], [held.name for held in spared]
+
+
 def _confirm(chosen: "list[Held]") -> None:
+    from rich.filesize import decimal
+
     if not sys.stdin.isatty():
         raise ConfigurationError("nobody can be asked here: give --yes to clear")
     for held in chosen[:_SHOWN]:
-        click.echo(f"{held.name}: {held.objects:,} objects, {held.bytes / 1e6:,.1f} MB")
+        click.echo(f"{one_line(held.name)}: {held.objects:,} objects, {decimal(held.bytes)}")
     if len(chosen) > _SHOWN:
         click.echo(f"… and {len(chosen) - _SHOWN:,} more")
     if not click.confirm("Remove?"):
@@ -227,12 +248,12 @@ def _cleared(cache: "Cache", chosen: "list[Held]", force: bool) -> tuple[list[di
 
     cleared, kept = [], []
     for held in chosen:
-        freed = None if not force and _is_shared(cache, held.name) else cache.clear(held.name, force=force)
-        if freed is None:
+        done = cache.clear(held.name, force=force, spare=partial(_is_shared, cache, held.name))
+        if done.whole:
+            forget_listing(cache, held.name)
+            cleared.append({"dataset": held.name, "objects": held.objects, "bytes": done.bytes})
+        else:
             kept.append(held.name)
-            continue
-        forget_listing(cache, held.name)
-        cleared.append({"dataset": held.name, "objects": held.objects, "bytes": freed})
     return cleared, kept
 
 
@@ -240,11 +261,12 @@ def _is_shared(cache: "Cache", name: str) -> bool:
     """Whether a dataset that is in use may have objects in common with this one: one prefix lies below the other, or it
     is of several prefixes, or of none."""
     uri, _, endpoint = name.rpartition(" at ")
-    in_use = [held.name.rpartition(" at ") for held in cache.datasets() if held.in_use]
-    return any(
-        endpoint == other and (not _is_prefix(theirs) or uri.startswith(theirs) or theirs.startswith(uri))
-        for theirs, _, other in in_use
-    )
+
+    def overlaps(other: str) -> bool:
+        theirs, _, place = other.rpartition(" at ")
+        return endpoint == place and (not _is_prefix(theirs) or uri.startswith(theirs) or theirs.startswith(uri))
+
+    return bool(cache.in_use(overlaps))
 
 
 def _is_prefix(name: str) -> bool:
@@ -256,9 +278,11 @@ def _named(cache: "Cache", name: str) -> "list[Held]":
     from asyncds.manifest import parse_uri
 
     uri = "s3://{}/{}".format(*parse_uri(name)) if name.startswith("s3://") and " at " not in name else name
-    found = [held for held in cache.datasets() if held.name == name or held.name.rpartition(" at ")[0] == uri]
+    there = [(held, held.name.rpartition(" at ")[0]) for held in cache.datasets()]
+    found = [held for held, theirs in there if held.name == name or theirs == uri]
     if not found:
-        raise CacheError(f"{name}: nothing of it is cached; `asyncds ls` shows what is")
+        near = next((theirs for _, theirs in there if theirs.rstrip("/") == uri.rstrip("/")), None)
+        raise CacheError(f"{name}: nothing of it is cached; {near or '`asyncds ls` shows what'} is")
     return found
 
 

@@ -81,7 +81,10 @@ def opened(place: Path | None, *, mend: bool = False) -> "Iterator[Cache]":
     settings = Settings()
     place = settings.cache_dir if place is None else place
     if not (place / "asyncds").is_dir():
-        raise CacheError(f"{place}: there is no cache here, which would be in its folder asyncds")
+        raise CacheError(
+            f"{place}: there is no cache here, which would be in its folder asyncds: set ASYNCDS_CACHE_DIR, or give "
+            "--cache-dir; the first run or `asyncds warm` makes one"
+        )
     database = place / "asyncds" / "objects" / DATABASE
     if not mend and database.exists() and not is_trustworthy(database, read_only=settings.cache_read_only):
         raise CacheError(

@@ -11,6 +11,7 @@ import click
 
 from asyncds.cli.opening import Folder, as_json, print_json, store_options
 from asyncds.errors import AccessDenied, AsyncdsError, ConfigurationError
+from asyncds.progress import one_line
 
 if TYPE_CHECKING:
     from asyncds.manifest import Manifest
@@ -66,7 +67,7 @@ def warm(
             with closing(_source(recipe, selection, uri, manifest, progress=not quiet)) as source, _interruptible():
                 outcome, failed = work(source, selection, uri, quiet or as_json)
         except AsyncdsError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {one_line(str(error))}", err=True)
             outcome, failed = {"error": str(error)}, error.exit_code
         outcomes.append({"uri": uri} | outcome)
         code = max(code, failed)
@@ -80,7 +81,9 @@ def _tables(uris: Sequence[str], file: Path | None) -> "list[tuple[str, Manifest
     """What to warm, all of it checked before anything is asked for."""
     from asyncds.manifest import Manifest, parse_uri
 
-    if bool(uris) == (file is not None):
+    if uris and file is not None:
+        raise ConfigurationError("say what to warm by URIs or by --from-manifest FILE, not by both")
+    if not uris and file is None:
         raise ConfigurationError("say what to warm: s3://bucket/prefix, several of these, or --from-manifest FILE")
     if file is not None:
         manifest = Manifest.open(file)
@@ -123,6 +126,8 @@ def _listed(source: "Source", work: "Callable[[Selection], Plan | WarmReport]", 
     try:
         _ = source.manifest
     except AccessDenied as error:
+        if "no credentials" in str(error):
+            raise
         raise AccessDenied(
             f"{error}; a bucket that forbids listing, but not GET, is warmed by --from-manifest"
         ) from None
@@ -132,7 +137,7 @@ def _listed(source: "Source", work: "Callable[[Selection], Plan | WarmReport]", 
 def _planned(source: "Source", selection: "Selection", uri: str, quiet: bool) -> tuple[dict[str, Any], int]:
     plan: Plan = _listed(source, source.plan, selection)
     if not quiet:
-        click.echo(f"{uri}: {plan}")
+        click.echo(f"{one_line(uri)}: {plan}")
     return plan._asdict(), 0
 
 
@@ -142,9 +147,9 @@ def _warmed(source: "Source", selection: "Selection", uri: str, quiet: bool) -> 
     warnings.filterwarnings("ignore", "the cache in .* is full")  # the report says how much did not fit
     report: WarmReport = _listed(source, partial(source.warm, progress=source.progress), selection)
     if not quiet:
-        click.echo(f"{uri}: {report}")
+        click.echo(f"{one_line(uri)}: {report}")
     for failure in report.failures[:_FAILURES_SHOWN]:
-        click.echo(f"error: {failure}", err=True)
+        click.echo(f"error: {one_line(failure)}", err=True)
     if len(report.failures) > _FAILURES_SHOWN:
         click.echo(f"error: … and {len(report.failures) - _FAILURES_SHOWN:,} more", err=True)
     if report.uncached:

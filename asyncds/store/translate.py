@@ -44,6 +44,7 @@ _BROKEN = (
     OSError,
 )
 _SPEAKS_TLS = "if the server speaks TLS: write https:// in the endpoint, or MINIO_SECURE=true"
+_NO_BUCKET = "this cannot be a bucket's name: that has 3 to 63 small letters, digits, dots and hyphens"
 _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
 
 
@@ -74,6 +75,8 @@ def translate(error: Exception, what: str, hint: str = "", where: str = "this en
         return failed.because(_SPEAKS_TLS) if _may_be_tls(error, what, where) else failed
     if isinstance(error, _NO_CREDENTIALS):
         return AccessDenied(f"{what}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+    if isinstance(error, boto.ParamValidationError) and "bucket name" in str(error):
+        return ConfigurationError(f"{what}: {_NO_BUCKET}")
     if isinstance(error, boto.BotoCoreError):
         return ConfigurationError(f"{what}: {' '.join(str(error).split())}")
     return StoreError(f"{what}: {type(error).__name__}: {error}")
@@ -134,7 +137,7 @@ def status_error(
         detail = f" ({message.rstrip('.')})" if message else ""
         return AccessDenied(f"{said}{detail} from {where}; {hint or 'check the credentials'} and the bucket's policy")
     if code == "InvalidBucketName":
-        return ConfigurationError(f"{what}: this cannot be a bucket's name: it has 3 to 63 characters")
+        return ConfigurationError(f"{what}: {_NO_BUCKET}")
     told = StoreError(f"{said}{f' ({message})' if message else ''}")
     return told.because(_SPEAKS_TLS) if code == "400" and where.startswith("http://") else told
 

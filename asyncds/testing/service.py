@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import socket
 import ssl
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from asyncds.testing.faults import Fault, FaultScripts
 from asyncds.testing.latency import Latency
 from asyncds.testing.objects import Store, http_date
 from asyncds.testing.s3 import respond
+from asyncds.testing.tls import TlsServer
 from asyncds.testing.wire import Request, Response
 
 _BACKLOG = 4096
@@ -91,6 +93,7 @@ class S3Service:
         self._tls = tls
         self._port = port
         self._context: ssl.SSLContext | None = None
+        self._server: asyncio.Server | TlsServer
         self._rate_limit = _RateLimit(rate_limit) if rate_limit is not None else None
         self._random = random.Random(0)
         self._access = access
@@ -111,18 +114,22 @@ class S3Service:
         self._stopping = False
 
     async def start(self) -> str:
-        loop, place = asyncio.get_running_loop(), ("127.0.0.1", self._port)
-        if self._tls is not None:
-            self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            self.set_certificate(*self._tls)
-        context = self._context
-        self._server = await loop.create_server(lambda: Connection(self), *place, backlog=_BACKLOG, ssl=context)
-        scheme = "http" if context is None else "https"
-        return f"{scheme}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        loop = asyncio.get_running_loop()
+        listener = socket.create_server(("127.0.0.1", self._port), backlog=_BACKLOG)
+        place = f"127.0.0.1:{listener.getsockname()[1]}"
+        if self._tls is None:
+            self._server = await loop.create_server(lambda: Connection(self), sock=listener, backlog=_BACKLOG)
+            return f"http://{place}"
+        self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.set_certificate(*self._tls)
+        self._server = TlsServer(listener, self._context, lambda: Connection(self))
+        return f"https://{place}"
 
     async def stop(self) -> None:
         self._stopping = True
         self._server.close()
+        if isinstance(self._server, TlsServer):  # a handshake may just have been finished
+            await self._server.wait_closed()
         for connection in tuple(self._connections):
             connection.abort()
         while self._connections:
