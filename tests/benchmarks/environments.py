@@ -15,7 +15,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".venv-peers"
-PACKAGES = {"s3torchconnector": ["s3torchconnector>=1.5"], "litdata": ["litdata>=0.2.76"]}
+PACKAGES = {
+    "s3torchconnector": ["s3torchconnector>=1.5"],
+    "litdata": ["litdata>=0.2.76", "s3fs", "zstd"],  # the last two are what it lists with
+    "s3fs": ["s3fs"],
+}
 
 
 def python_for(name: str, folder: Path) -> str:
