@@ -37,15 +37,23 @@ class Samples:
 
 
 class Asyncds:
+    verify_md5 = False
+
     def __init__(self, folder: str, bucket: str) -> None:
         from asyncds import CachedS3MapDataset
 
-        self.samples = CachedS3MapDataset.from_prefix(f"s3://{bucket}/{PREFIX}", transform=_read, cache_dir=folder)
+        self.samples = CachedS3MapDataset.from_prefix(
+            f"s3://{bucket}/{PREFIX}", transform=_read, cache_dir=folder, verify_md5=self.verify_md5
+        )
         self.keys = [info.key for info in self.samples.manifest]
         self.rows = {key: row for row, key in enumerate(self.keys)}
 
     def read(self, keys: Sequence[str]) -> list[bytes]:
         return self.samples.__getitems__([self.rows[key] for key in keys])
+
+
+class AsyncdsWithMd5(Asyncds):
+    verify_md5 = True
 
 
 class AiobotocoreAndDiskcache:
@@ -182,10 +190,10 @@ class Recipe(NamedTuple):
 
 
 TORCH = "torch.utils.data"
+_ASYNCDS = Recipe(Asyncds, (TORCH, "asyncds.dataset", "asyncds.store"), index="asyncds/objects/cache.db", database=True)
 CONTENDERS = {
-    "asyncds": Recipe(
-        Asyncds, (TORCH, "asyncds.dataset", "asyncds.store"), index="asyncds/objects/cache.db", database=True
-    ),
+    "asyncds": _ASYNCDS,
+    "asyncds + MD5": _ASYNCDS._replace(make=AsyncdsWithMd5),
     "aiobotocore + diskcache": Recipe(
         AiobotocoreAndDiskcache, (TORCH, "aiobotocore.session", "diskcache"), index="cache.db", database=True
     ),
