@@ -67,22 +67,63 @@ def dotenv(server) -> str:
     return "".join(f"{name}={value}\n" for name, value in names.items())
 
 
-def run(script: Path, dotenv: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (folder / ".env").write_text(dotenv)
-    command = [sys.executable, "-W", "error", str(script), *arguments]
-    settings = {"ASYNCDS_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}  # others need the cores, too
-    return subprocess.run(command, cwd=folder, env=os.environ | settings, capture_output=True, text=True, timeout=120)
+class Ended(NamedTuple):
+    code: int
+    output: str
+    errors: str
 
 
-def test_train_minio_learns(dotenv, tmp_path):
-    done = run(TRAIN, dotenv, tmp_path, "--epochs", "1")
-    assert (done.returncode, done.stderr) == (0, "")
-    accuracy = re.fullmatch(r"epoch 1: loss [\d.]+, test accuracy ([\d.]+)%, [\d.]+ s\n", done.stdout)
+def play(script: str, arguments: list[str], folder: Path, variables: dict[str, str]) -> None:
+    """Be `python -W error script`, in a process that has imported torch already; Lightning is allowed its warnings."""
+    for stream, name in ((1, "output"), (2, "errors")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    sys.argv[:], sys.path[:0] = [script, *arguments], [str(EXAMPLES)]
+    torch.set_num_threads(1)
+    warnings.simplefilter("default" if "lightning" in script else "error")
+    runpy.run_path(script, run_name="__main__")
+
+
+@pytest.fixture
+def start(fork_server, child, tmp_path) -> Callable[..., Ended]:
+    """Run a command of the page, and wait for its end."""
+
+    def run(command: str, variables: dict[str, str]) -> Ended:
+        python, script, *arguments = shlex.split(command)
+        if python != "python":
+            done = console.run(command, tmp_path, variables)
+            return Ended(done.returncode, done.stdout, "" if python == "torchrun" else done.stderr)
+        process = child("forkserver", play, script, arguments, tmp_path, variables, wait=False)
+        process.join(120)
+        assert process.exitcode is not None, f"{command} goes on"
+        return Ended(process.exitcode, (tmp_path / "output").read_text(), (tmp_path / "errors").read_text())
+
+    return run
+
+
+@pytest.fixture
+def run(start, tmp_path) -> Callable[..., Ended]:
+    """Run a script in a folder with this `.env`."""
+
+    def run(script: Path, dotenv: str, *arguments: str) -> Ended:
+        (tmp_path / ".env").write_text(dotenv)
+        own = {"ASYNCDS_CACHE_DIR": str(tmp_path / "cache")}
+        return start(f"python {shlex.join([str(script), *arguments])}", os.environ | own)
+
+    return run
+
+
+def test_train_minio_learns(dotenv, run):
+    done = run(TRAIN, dotenv, "--epochs", "1")
+    assert (done.code, done.errors) == (0, "")
+    accuracy = re.fullmatch(r"epoch 1: loss [\d.]+, test accuracy ([\d.]+)%, [\d.]+ s\n", done.output)
     assert accuracy is not None
     assert float(accuracy[1]) > 30, "guessing gives 10"
 
 
-def test_train_minio_differs_from_the_s3_connectors_script_by_its_import(dotenv, tmp_path):
+def test_train_minio_differs_from_the_s3_connectors_script_by_its_import(dotenv, tmp_path, run):
     pytest.importorskip("s3torchconnector")
     text = TRAIN.read_text()
     ours = "from asyncds import AsyncdsError, CachedS3MapDataset as S3MapDataset, S3Reader"
@@ -90,16 +131,16 @@ def test_train_minio_differs_from_the_s3_connectors_script_by_its_import(dotenv,
     assert ours in text
     script = tmp_path / "with_the_s3_connector.py"
     script.write_text(text.replace(f"# {theirs}", theirs).replace(ours, "AsyncdsError = ()"))
-    done = run(script, dotenv, tmp_path, "--epochs", "1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("epoch 1: loss ")
+    done = run(script, dotenv, "--epochs", "1")
+    assert done.code == 0, done.errors
+    assert done.output.startswith("epoch 1: loss ")
 
 
-def test_per_sample_dataset_reads_a_few_in_workers(dotenv, tmp_path):
+def test_per_sample_dataset_reads_a_few_in_workers(dotenv, run):
     arguments = "--smoke-test-size", "300", "--workers", "2"
-    done = run(PER_SAMPLE, dotenv, tmp_path, *arguments)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("epoch 1: 300 samples, ")
+    done = run(PER_SAMPLE, dotenv, *arguments)
+    assert (done.code, done.errors) == (0, "")
+    assert done.output.startswith("epoch 1: 300 samples, ")
 
 
 @pytest.mark.parametrize(
@@ -130,10 +171,10 @@ def test_a_wrong_value_is_answered_in_one_sentence(
     assert capsys.readouterr() == ("", "")
 
 
-def test_statistics_are_logged_for_each_epoch(dotenv, tmp_path):
-    done = run(LOG, dotenv, tmp_path, "--folder", str(tmp_path / "runs"))
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
+def test_statistics_are_logged_for_each_epoch(dotenv, tmp_path, run):
+    done = run(LOG, dotenv, "--folder", str(tmp_path / "runs"))
+    assert (done.code, done.errors) == (0, "")
+    lines = done.output.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["epoch 1", "epoch 2"]
     assert "1,437 samples" in lines[1]
     events = EventAccumulator(str(tmp_path / "runs")).Reload()
@@ -198,12 +239,6 @@ ALONE = [
 ]
 
 
-class Ended(NamedTuple):
-    code: int
-    output: str
-    errors: str
-
-
 @pytest.fixture(scope="module")
 def stand_in() -> Iterator[console.Server]:
     keys = "AKIAEXAMPLE", "a-secret-of-the-tests"
@@ -217,36 +252,6 @@ def skip_without(needs: str) -> None:
     for name, (module, remedy) in EXTRAS.items():
         if name in needs and find_spec(module) is None:
             pytest.skip(f"{name} needs {module}: {remedy}")
-
-
-def play(script: str, arguments: list[str], folder: Path, variables: dict[str, str]) -> None:
-    """Be `python -W error script`, in a process that has imported torch already; Lightning is allowed its warnings."""
-    for stream, name in ((1, "output"), (2, "errors")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    os.environ.clear()
-    os.environ.update(variables)
-    os.chdir(folder)
-    sys.argv[:], sys.path[:0] = [script, *arguments], [str(EXAMPLES)]
-    torch.set_num_threads(1)
-    warnings.simplefilter("default" if "lightning" in script else "error")
-    runpy.run_path(script, run_name="__main__")
-
-
-@pytest.fixture
-def start(fork_server, child, tmp_path) -> Callable[..., Ended]:
-    """Run a command of the page, and wait for its end."""
-
-    def run(command: str, variables: dict[str, str]) -> Ended:
-        python, script, *arguments = shlex.split(command)
-        if python != "python":
-            done = console.run(command, tmp_path, variables)
-            return Ended(done.returncode, done.stdout, "" if python == "torchrun" else done.stderr)
-        process = child("forkserver", play, script, arguments, tmp_path, variables, wait=False)
-        process.join(120)
-        assert process.exitcode is not None, f"{command} goes on"
-        return Ended(process.exitcode, (tmp_path / "output").read_text(), (tmp_path / "errors").read_text())
-
-    return run
 
 
 def check_block(block: console.Block, server: console.Server, folder: Path, run: Callable[..., Ended]) -> None:
