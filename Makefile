@@ -20,13 +20,13 @@ PIP := -m pip install --quiet --disable-pip-version-check
 help:
 	@echo "make demo    train on handwritten digits from a local S3 server, and see the difference"
 	@echo "make test    lint, type check, and all tests; some again with the oldest aiobotocore, and on the full lane"
-	@echo "make test-thorough  what varies these at length, and Lightning and Accelerate (ten minutes more)"
+	@echo "make test-thorough  what varies these at length, and Lightning and Accelerate, and examples with MinIO (ten minutes more)"
 	@echo "make bench   cold and warm epochs beside one request per sample, and beside local files; memory; tables"
 	@echo "make bench-peers  the same beside other libraries, in environments of their own, and one GET by itself"
 	@echo "make soak    a minute of training through faults of network, disk and processes at random; SOAK_S=3600 for an hour"
 	@echo "make docs    build the site of docs/ into site/, links and names checked"
 	@echo "make servers  build MinIO and toxiproxy from source, which takes Go and some minutes; their tests are skipped otherwise"
-	@echo "make clean   delete the environments"
+	@echo "make clean   delete the environments, and the site"
 
 demo: $(VENV)/.demo
 	$(BIN)/asyncds demo
@@ -77,7 +77,7 @@ bench-peers: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/peers.py --environments $(PEERS)
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 servers: $(SERVERS)/minio $(SERVERS)/toxiproxy-server
 
@@ -90,7 +90,7 @@ $(SERVERS)/toxiproxy-server:
 	mv $(SERVERS)/server $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEERS) $(SERVERS)
+	rm -rf $(VENV) $(OLDEST) $(PEERS) $(SERVERS) site
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
