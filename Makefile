@@ -15,17 +15,18 @@ SOAK_S ?= 60
 PARALLEL := --numprocesses 2 --dist worksteal
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint test-newest test-oldest test-full-lane test-thorough soak bench bench-peers servers clean
+.PHONY: help demo test lint test-newest test-oldest test-full-lane test-thorough soak bench bench-peers docs servers clean
 
 help:
 	@echo "make demo    train on handwritten digits from a local S3 server, and see the difference"
 	@echo "make test    lint, type check, and all tests; some again with the oldest aiobotocore, and on the full lane"
-	@echo "make test-thorough  what varies these at length, and Lightning and Accelerate (ten minutes more)"
+	@echo "make test-thorough  what varies these at length, and Lightning and Accelerate, and examples with MinIO (ten minutes more)"
 	@echo "make bench   cold and warm epochs beside one request per sample, and beside local files; memory; tables"
 	@echo "make bench-peers  the same beside other libraries, in environments of their own, and one GET by itself"
 	@echo "make soak    a minute of training through faults of network, disk and processes at random; SOAK_S=3600 for an hour"
+	@echo "make docs    build the site of docs/ into site/, links and names checked"
 	@echo "make servers  build MinIO and toxiproxy from source, which takes Go and some minutes; their tests are skipped otherwise"
-	@echo "make clean   delete the environments"
+	@echo "make clean   delete the environments, and the site"
 
 demo: $(VENV)/.demo
 	$(BIN)/asyncds demo
@@ -43,6 +44,7 @@ test-newest: $(VENV)/.test
 # What speaks S3, once more with the oldest aiobotocore that is supported, the one that aioboto3 pins.
 test-oldest: $(OLDEST)/.test
 	PATH="$(BIN):$$PATH" $(OLDEST)/bin/python -m pytest $(PARALLEL) $(addprefix tests/test_,store.py dataset.py lanes.py guards.py faults_network.py)
+	PATH="$(BIN):$$PATH" $(OLDEST)/bin/python -m pytest -k aioboto3 tests/test_examples.py
 
 # What brings objects, and what can go wrong with that, once more without the lean lane.
 test-full-lane: $(VENV)/.test
@@ -74,6 +76,9 @@ bench-peers: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/lanes.py --environments $(PEERS)
 	$(BIN)/python tests/benchmarks/peers.py --environments $(PEERS)
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 servers: $(SERVERS)/minio $(SERVERS)/toxiproxy-server
 
 # The community's MinIO is distributed as source.
@@ -85,7 +90,7 @@ $(SERVERS)/toxiproxy-server:
 	mv $(SERVERS)/server $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEERS) $(SERVERS)
+	rm -rf $(VENV) $(OLDEST) $(PEERS) $(SERVERS) site
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -103,6 +108,10 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/.bench: $(VENV)/.test
 	$(BIN)/python $(PIP) --editable '.[test,bench]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python $(PIP) --editable '.[docs]'
 	@touch $@
 
 # An environment whose own packages are the old ones, and which finds everything else, torch above all, in the first.

@@ -1,16 +1,14 @@
 """Log what a dataset counted to TensorBoard, once per epoch: is training waiting for bytes, and why?
 
-Reads images under `train/` of a bucket and ahead of the loop, in batches, and does nothing with them. Needs
-`pip install "asyncds[vision]" tensorboard` and the `.env` file of `train_minio.py`. Then `tensorboard --logdir runs`.
+Reads the pictures that `tutorial.py` uploads, with its `.env` file, and does nothing with them. Needs
+`pip install "asyncds[vision]" tensorboard`. Then `tensorboard --logdir runs`.
 """
 
 import argparse
-import os
 import sys
 import time
 
 import torch
-from dotenv import load_dotenv
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
 
@@ -19,8 +17,7 @@ from asyncds import AsyncdsError, CachedS3MapDataset, ImageTransform
 
 def read(epochs: int, workers: int, folder: str) -> None:
     pixels = ImageTransform(v2.Compose([v2.ToImage(), v2.Resize((28, 28)), v2.ToDtype(torch.float32, scale=True)]))
-    uri, endpoint = f"s3://{os.environ['MNIST_BUCKET_NAME']}/train/", os.environ["AWS_ENDPOINT_URL"]
-    dataset = CachedS3MapDataset.from_prefix(uri, endpoint=endpoint, transform=pixels)
+    dataset = CachedS3MapDataset.from_prefix("s3://mnist/train/", transform=pixels)
     loader = dataset.loader(batch_size=200, shuffle=True, num_workers=workers)
     with SummaryWriter(folder) as writer:
         for epoch in range(1, epochs + 1):
@@ -43,9 +40,6 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=0, help="worker processes of the DataLoader")
     parser.add_argument("--folder", default="runs", help="where TensorBoard looks")
     arguments = parser.parse_args()
-    load_dotenv(".env")
-    if missing := [name for name in ("AWS_ENDPOINT_URL", "MNIST_BUCKET_NAME") if not os.environ.get(name)]:
-        sys.exit(f"{', '.join(missing)} not set: write NAME=value into the file .env of this directory")
     try:
         read(arguments.epochs, arguments.workers, arguments.folder)
     except AsyncdsError as error:

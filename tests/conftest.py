@@ -159,11 +159,13 @@ def child() -> Iterator[Callable[..., BaseProcess]]:
 
 
 @pytest.fixture(scope="module")
-def fork_server() -> Iterator[None]:
-    """A fork server that starts with this module's environment, and with torch, so that its children start quickly."""
+def fork_server(request) -> Iterator[None]:
+    """A fork server that starts with this module's environment, and with torch (or what the module names in PRELOADED),
+    so that its children start quickly."""
     gc.collect()
     forkserver._forkserver._stop()
-    multiprocessing.set_forkserver_preload(["torch.utils.data", "asyncds.dataset"])
+    preloaded = getattr(request.module, "PRELOADED", ["torch.utils.data", "asyncds.dataset"])
+    multiprocessing.set_forkserver_preload(preloaded)
     yield
     multiprocessing.set_forkserver_preload(["__main__"])
     gc.collect()  # it ends when the last process does that was forked while it ran

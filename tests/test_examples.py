@@ -1,27 +1,44 @@
 """The examples, as their readers run them: in a directory with a `.env` file, against a real server."""
 
+import ast
 import os
 import re
 import runpy
+import shlex
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import console
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 from asyncds.demo import bucket
 from asyncds.stats import COUNTERS
-from asyncds.testing import LocalS3, local_s3
+from asyncds.testing import LocalS3, S3Server, local_s3
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TRAIN, PER_SAMPLE = EXAMPLES / "train_minio.py", EXAMPLES / "per_sample_dataset.py"
 LOG = EXAMPLES / "log_statistics.py"
 NOBODY = "127.0.0.1:1"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+PRELOADED = ["torchvision.models", "torchvision.transforms.v2", "sklearn.datasets", "minio", "asyncds.dataset"]
+# What an example needs beyond the tests' own environment, and how to get it.
+EXTRAS = {
+    "train_lightning.py": ("lightning", "pip install -e '.[frameworks]'"),
+    "aioboto3_session.py": ("aioboto3", "pip install -e '.[aioboto3]'"),
+}
+LONG = ("train_lightning.py", "torchrun")  # tens of seconds, most of it imports
+BY_THEMSELVES = ("train_minio.py", "per_sample_dataset.py", "log_statistics.py")  # have tests of their own here
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -50,22 +67,63 @@ def dotenv(server) -> str:
     return "".join(f"{name}={value}\n" for name, value in names.items())
 
 
-def run(script: Path, dotenv: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (folder / ".env").write_text(dotenv)
-    command = [sys.executable, "-W", "error", str(script), *arguments]
-    settings = {"ASYNCDS_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}  # others need the cores, too
-    return subprocess.run(command, cwd=folder, env=os.environ | settings, capture_output=True, text=True, timeout=120)
+class Ended(NamedTuple):
+    code: int
+    output: str
+    errors: str
 
 
-def test_train_minio_learns(dotenv, tmp_path):
-    done = run(TRAIN, dotenv, tmp_path, "--epochs", "1")
-    assert (done.returncode, done.stderr) == (0, "")
-    accuracy = re.fullmatch(r"epoch 1: loss [\d.]+, test accuracy ([\d.]+)%, [\d.]+ s\n", done.stdout)
+def play(script: str, arguments: list[str], folder: Path, variables: dict[str, str]) -> None:
+    """Be `python -W error script`, in a process that has imported torch already; Lightning is allowed its warnings."""
+    for stream, name in ((1, "output"), (2, "errors")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    sys.argv[:], sys.path[:0] = [script, *arguments], [str(EXAMPLES)]
+    torch.set_num_threads(1)
+    warnings.simplefilter("default" if "lightning" in script else "error")
+    runpy.run_path(script, run_name="__main__")
+
+
+@pytest.fixture
+def start(fork_server, child, tmp_path) -> Callable[..., Ended]:
+    """Run a command of the page, and wait for its end."""
+
+    def run(command: str, variables: dict[str, str]) -> Ended:
+        python, script, *arguments = shlex.split(command)
+        if python != "python":
+            done = console.run(command, tmp_path, variables)
+            return Ended(done.returncode, done.stdout, "" if python == "torchrun" else done.stderr)
+        process = child("forkserver", play, script, arguments, tmp_path, variables, wait=False)
+        process.join(120)
+        assert process.exitcode is not None, f"{command} goes on"
+        return Ended(process.exitcode, (tmp_path / "output").read_text(), (tmp_path / "errors").read_text())
+
+    return run
+
+
+@pytest.fixture
+def run(start, tmp_path) -> Callable[..., Ended]:
+    """Run a script in a folder with this `.env`."""
+
+    def run(script: Path, dotenv: str, *arguments: str) -> Ended:
+        (tmp_path / ".env").write_text(dotenv)
+        own = {"ASYNCDS_CACHE_DIR": str(tmp_path / "cache")}
+        return start(f"python {shlex.join([str(script), *arguments])}", os.environ | own)
+
+    return run
+
+
+def test_train_minio_learns(dotenv, run):
+    done = run(TRAIN, dotenv, "--epochs", "1")
+    assert (done.code, done.errors) == (0, "")
+    accuracy = re.fullmatch(r"epoch 1: loss [\d.]+, test accuracy ([\d.]+)%, [\d.]+ s\n", done.output)
     assert accuracy is not None
     assert float(accuracy[1]) > 30, "guessing gives 10"
 
 
-def test_train_minio_differs_from_the_s3_connectors_script_by_its_import(dotenv, tmp_path):
+def test_train_minio_differs_from_the_s3_connectors_script_by_its_import(dotenv, tmp_path, run):
     pytest.importorskip("s3torchconnector")
     text = TRAIN.read_text()
     ours = "from asyncds import AsyncdsError, CachedS3MapDataset as S3MapDataset, S3Reader"
@@ -73,16 +131,16 @@ def test_train_minio_differs_from_the_s3_connectors_script_by_its_import(dotenv,
     assert ours in text
     script = tmp_path / "with_the_s3_connector.py"
     script.write_text(text.replace(f"# {theirs}", theirs).replace(ours, "AsyncdsError = ()"))
-    done = run(script, dotenv, tmp_path, "--epochs", "1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("epoch 1: loss ")
+    done = run(script, dotenv, "--epochs", "1")
+    assert done.code == 0, done.errors
+    assert done.output.startswith("epoch 1: loss ")
 
 
-def test_per_sample_dataset_reads_a_few_in_workers(dotenv, tmp_path):
+def test_per_sample_dataset_reads_a_few_in_workers(dotenv, run):
     arguments = "--smoke-test-size", "300", "--workers", "2"
-    done = run(PER_SAMPLE, dotenv, tmp_path, *arguments)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("epoch 1: 300 samples, ")
+    done = run(PER_SAMPLE, dotenv, *arguments)
+    assert (done.code, done.errors) == (0, "")
+    assert done.output.startswith("epoch 1: 300 samples, ")
 
 
 @pytest.mark.parametrize(
@@ -113,10 +171,10 @@ def test_a_wrong_value_is_answered_in_one_sentence(
     assert capsys.readouterr() == ("", "")
 
 
-def test_statistics_are_logged_for_each_epoch(dotenv, tmp_path):
-    done = run(LOG, dotenv, tmp_path, "--folder", str(tmp_path / "runs"))
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
+def test_statistics_are_logged_for_each_epoch(dotenv, tmp_path, run):
+    done = run(LOG, dotenv, "--folder", str(tmp_path / "runs"))
+    assert (done.code, done.errors) == (0, "")
+    lines = done.output.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["epoch 1", "epoch 2"]
     assert "1,437 samples" in lines[1]
     events = EventAccumulator(str(tmp_path / "runs")).Reload()
@@ -160,3 +218,202 @@ def test_asynchronous_code_of_the_readme_gets_all_bytes(s3, capsys):
         assert lines[-1] == "7 bytes"
     # The object that is asked for by its name alone is of a version that nobody has told: one more GET, once.
     assert gets == [31, 31], "the second time is not served from the cache"
+
+
+# the page of examples, and what it shows
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+BLOCKS = console.blocks(console.PAGE.read_text())
+ALONE = [
+    pytest.param(
+        block,
+        id=str(block),
+        marks=pytest.mark.thorough if any(name in block.text for name in (*LONG, *BY_THEMSELVES)) else (),
+    )
+    for block in BLOCKS
+]
+
+
+@pytest.fixture(scope="module")
+def stand_in() -> Iterator[console.Server]:
+    keys = "AKIAEXAMPLE", "a-secret-of-the-tests"
+    with S3Server(process=True, credentials=keys) as server:
+        place = console.Server(server.endpoint, *keys)
+        console.fill(place)
+        yield place
+
+
+def skip_without(needs: str) -> None:
+    for name, (module, remedy) in EXTRAS.items():
+        if name in needs and find_spec(module) is None:
+            pytest.skip(f"{name} needs {module}: {remedy}")
+
+
+def check_block(block: console.Block, server: console.Server, folder: Path, run: Callable[..., Ended]) -> None:
+    """Compare what each command prints with what the page shows, but for numbers."""
+    variables = console.prepared(folder, server)
+    for command, shown in block.commands:
+        done = run(command, variables)
+        killed = shown.endswith("Killed\n")
+        assert done.code in ((-9, 137) if killed else (0,)), done.errors
+        assert console.shape(console.as_shown(done.output, server)) == console.shape(shown.removesuffix("Killed\n"))
+        assert done.errors == "" or "lightning" in command or killed
+
+
+@pytest.mark.parametrize("block", ALONE)
+def test_the_page_shows_what_examples_print(block, stand_in, tmp_path, start):
+    skip_without(block.text)
+    if block.uploads:
+        with S3Server(process=True) as empty:
+            check_block(block, console.Server(empty.endpoint, "any", "keys"), tmp_path, start)
+    else:
+        check_block(block, stand_in, tmp_path, start)
+
+
+@pytest.fixture(scope="module")
+def minio() -> Iterator[console.Server]:
+    if shutil.which("minio") is None:
+        pytest.skip("MinIO is not there: `make servers` builds it, which takes Go")
+    with console.started("minio") as server:
+        console.fill(server)
+        yield server
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_the_page_shows_what_examples_print_with_minio(block, minio, tmp_path):
+    """As their readers run them, in processes of their own."""
+
+    def run(command: str, variables: dict[str, str]) -> Ended:
+        done = console.run(command, tmp_path, variables)
+        return Ended(done.returncode, done.stdout, "" if command.startswith("torchrun") else done.stderr)
+
+    skip_without(block.text)
+    if block.uploads:
+        with console.started("minio") as empty:
+            check_block(block, empty, tmp_path, run)
+    else:
+        check_block(block, minio, tmp_path, run)
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one():
+    """What the page shows, which the test above repeats but for numbers."""
+    (block,) = (block for block in BLOCKS if "resume.py" in block.text)
+    (_, killed), (_, resumed), (_, undisturbed) = block.commands
+    assert resumed.splitlines()[0].startswith("goes on in epoch 1, after batch 10 of ")
+    assert killed.splitlines()[:-1] + resumed.splitlines()[1:] == undisturbed.splitlines()
+
+
+def test_a_run_that_is_killed_anywhere_ends_with_the_same_weights(stand_in, tmp_path, start):
+    variables = console.prepared(tmp_path, stand_in)
+    last = start("python examples/resume.py --epochs 2 --checkpoint other.pt", variables).output.splitlines()[-1]
+    for batches in (17, 30):  # in the second epoch, and with its last batch, which is a checkpoint, too
+        assert start(f"python examples/resume.py --epochs 2 --lose-after {batches}", variables).code == -9
+    assert start("python examples/resume.py --epochs 2", variables).output.splitlines()[-1] == last
+
+
+def test_ranks_share_an_epoch_out(stand_in, tmp_path, child, fork_server):
+    """As torchrun starts them, without its imports."""
+    port, ranks = free_port(), []
+    for rank in range(2):
+        (folder := tmp_path / str(rank)).mkdir()
+        job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        own = {"MASTER_ADDR": "127.0.0.1", "ASYNCDS_CACHE_DIR": str(tmp_path / "cache")}
+        variables = console.prepared(folder, stand_in) | {name: str(value) for name, value in job.items()} | own
+        ranks.append(child("forkserver", play, "examples/train_ddp.py", [], folder, variables, wait=False))
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0], [(tmp_path / r / "errors").read_text() for r in "01"]
+    lines = (tmp_path / "0" / "output").read_text().splitlines()
+    assert [line.partition(",")[0] for line in lines[:3]] == [f"epoch {number}: 1" for number in (1, 2, 3)]
+    assert lines[3] == "2 ranks took 1,437 GETs for 1,437 pictures"
+    assert (tmp_path / "1" / "output").read_text() == ""
+
+
+def test_the_page_names_every_example():
+    named = set(re.findall(r"\]\(\.\./examples/([\w.]+)\)", console.PAGE.read_text()))
+    assert named == {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
+    assert {path.name for path in SCRIPTS} == {name for name in named if any(name in block.text for block in BLOCKS)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_an_example_is_short_and_says_what_it_is_for(script):
+    text = script.read_text()
+    assert len(text.splitlines()) < 80
+    assert ast.get_docstring(ast.parse(text))
+
+
+# bad input
+
+FOUND = [pytest.param(path, id=path.stem, marks=pytest.mark.thorough if path.name in LONG else ()) for path in SCRIPTS]
+
+
+@pytest.mark.parametrize("script", FOUND)
+def test_an_example_without_a_server_ends_with_a_sentence(script, tmp_path, start):
+    skip_without(script.name)
+    variables = console.prepared(tmp_path, console.Server(f"http://{NOBODY}", "key", "secret"))
+    variables |= {"ASYNCDS_FIRST_CONTACT": "0.5"}
+    if script.name == "train_ddp.py":
+        variables |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ended = start(f"python examples/{script.name}", variables)
+    assert (ended.code, ended.output) == (1, "")
+    *before, sentence = ended.errors.splitlines()
+    assert before == [] or ("lightning" in script.name and "Traceback" not in ended.errors)
+    assert re.match(rf"(error: .*no connection to|no server answers at) {NOBODY}.*(check that|start) ", sentence)
+
+
+def test_servers_that_differ_are_told(tmp_path, start):
+    variables = console.prepared(tmp_path, console.Server(f"http://{NOBODY}", "key", "secret"))
+    variables |= {"MINIO_URL": "localhost:9000"}
+    ended = start("python examples/tutorial.py", variables)
+    sentence = "error: MINIO_URL is localhost:9000, and AWS_ENDPOINT_URL is another: keep one\n"
+    assert ended == Ended(1, "", sentence)
+
+
+@pytest.mark.parametrize("script", ["tutorial.py", "warm_then_train.py", "async_fetch.py", "imagenet.py"])
+def test_half_a_pair_of_keys_is_told(script, tmp_path, start):
+    variables = console.prepared(tmp_path, console.Server(f"http://{NOBODY}", "key", ""))
+    ended = start(f"python examples/{script}", variables)
+    assert (ended.code, ended.output) == (1, "")
+    (sentence,) = ended.errors.splitlines()
+    assert sentence.startswith("error: AWS_SECRET_ACCESS_KEY is missing where AWS_ACCESS_KEY_ID is set: ")
+
+
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    [
+        (
+            "imagenet.py",
+            "IMAGENET_BUCKET_NAME not set: write IMAGENET_BUCKET_NAME=... into the file .env",
+        ),
+        ("train_ddp.py", "start this with torchrun --nproc-per-node 2, which tells each process its rank"),
+    ],
+)
+def test_what_is_missing_is_told(script, sentence, tmp_path, start):
+    variables = {name: value for name, value in os.environ.items() if name != "RANK"}
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    assert start(f"python examples/{script}", variables) == Ended(1, "", f"{sentence}\n")
+
+
+# the notebook
+
+
+@pytest.mark.thorough
+def test_the_notebook_shows_what_its_cells_print(stand_in, tmp_path):
+    for module in ("nbclient", "ipykernel"):
+        if find_spec(module) is None:
+            pytest.skip(f"the notebook needs {module}: pip install -e '.[frameworks]'")
+    script = "import console, os, pathlib; print(console.execute(console.NOTEBOOK, pathlib.Path(), dict(os.environ)))"
+    variables = console.prepared(tmp_path, stand_in) | {"PYTHONPATH": f"{Path(__file__).parent}:{console.ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode == 0, done.stderr
+    shown = console.printed(console.NOTEBOOK.read_text())
+    assert [console.shape(text) for text in console.printed(done.stdout)] == [console.shape(text) for text in shown]
+    assert len(shown) > 3
