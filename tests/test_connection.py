@@ -43,6 +43,14 @@ def resolve(monkeypatch, variables, **arguments):
     return Connection.resolve(Settings(), **arguments)
 
 
+def test_two_servers_are_told_apart_and_the_same_one_twice_is_no_contradiction(monkeypatch):
+    same = {"AWS_ENDPOINT_URL": "https://minio.example:9000", "MINIO_URL": "minio.example:9000"}
+    assert resolve(monkeypatch, same).endpoint == "https://minio.example:9000"
+    with pytest.warns(UserWarning, match=r"MINIO_URL=other.example:9000 is not used: AWS_ENDPOINT_URL=https://minio"):
+        assert resolve(monkeypatch, same | {"MINIO_URL": "other.example:9000"}).endpoint == same["AWS_ENDPOINT_URL"]
+
+
+@pytest.mark.filterwarnings("ignore:MINIO_URL=.* is not used")
 @pytest.mark.parametrize(("variables", "arguments", "expected"), DECISIONS)
 def test_keys_of_one_family_never_meet_the_endpoint_of_the_other(monkeypatch, variables, arguments, expected):
     family, endpoint, key = expected

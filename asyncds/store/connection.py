@@ -123,7 +123,11 @@ def _family(settings: Settings, endpoint: str | None) -> tuple[Literal["AWS", "M
     aws_named = bool(settings.access_key or settings.profile)
     named = settings.endpoint_s3 or settings.endpoint
     if endpoint is None and named:
-        return "AWS", _checked(named, "AWS_ENDPOINT_URL_S3" if settings.endpoint_s3 else "AWS_ENDPOINT_URL")
+        name = "AWS_ENDPOINT_URL_S3" if settings.endpoint_s3 else "AWS_ENDPOINT_URL"
+        url = _checked(named, name)
+        if settings.minio_url and _minio_endpoint(settings) != url:
+            _warn_of_two_servers(name, url, settings.minio_url)
+        return "AWS", url
     if endpoint is None:
         return ("MINIO", _minio_endpoint(settings)) if settings.minio_url and not aws_named else ("AWS", None)
     if named and named.rstrip("/") == endpoint:
@@ -212,6 +216,11 @@ def _is_private(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_private
     except ValueError:
         return "." not in host or host.endswith(_PRIVATE_SUFFIXES)
+
+
+@functools.cache
+def _warn_of_two_servers(name: str, url: str, minio_url: str) -> None:
+    warnings.warn(f"MINIO_URL={minio_url} is not used: {name}={url} comes first; unset one of them", stacklevel=2)
 
 
 @functools.cache
