@@ -246,7 +246,7 @@ def test_room_is_made_from_a_dataset_that_nobody_holds(tmp_path, admit, warms):
         assert gone.warm(progress=False).uncached == 0
     with dataset("y") as used:
         if warms:
-            assert used.warm(progress=False)[:5] == (60, 0, 60, sum(sizes), 0)
+            assert used.warm(progress=False)[:6] == (60, 0, 60, 0, sum(sizes), 0)
         else:
             used.__getitems__(range(60))
         store.gets.clear()

@@ -4,6 +4,7 @@ import asyncio
 from contextlib import asynccontextmanager
 
 import pytest
+from botocore.parsers import ResponseParserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -118,7 +119,6 @@ async def test_page_is_read_as_botocore_reads_it(case, monkeypatch):
         (page_of(PLAIN), 503, "ListObjectsV2"),
         (page_of(PLAIN), 200, "ListObjects"),
         (page_of(PLAIN).replace(b"<Key>a", b"<Key>\xff"), 200, "ListObjectsV2"),
-        (b"", 200, "ListObjectsV2"),
         (page_of(""), 200, "ListObjectsV2"),
     ],
 )
@@ -140,9 +140,15 @@ async def test_page_is_read_as_utf8_whatever_it_says_as_botocore_does(encoding, 
         await listed(page.decode().encode("latin-1"))
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "cp037"])
-def test_page_in_other_bytes_than_those_of_ascii_is_left_to_botocore(encoding):
-    assert read_at_once(page_of(PLAIN).decode().encode(encoding)) is None
+OTHER_BYTES = [page_of(PLAIN).decode().encode(encoding) for encoding in ("utf-16", "utf-16-be", "utf-32", "cp037")]
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>no</html>", *OTHER_BYTES])
+async def test_what_is_neither_a_page_nor_an_error_is_not_taken_for_an_empty_bucket(body):
+    with pytest.raises(ResponseParserError, match="no listing"):
+        read_at_once(body)
+    with pytest.raises(TransferFailed, match="listing s3://b/: "):
+        await listed(body)
 
 
 @pytest.mark.parametrize("body", [page_of(PLAIN)[:-9], page_of(PLAIN.replace("</Key>", "")), b"<html>no</html"])

@@ -7,7 +7,7 @@ from typing import Any
 from soaking.rounds import Round
 
 MORE_RSS = 64 << 20  # bytes: what the allocator keeps differs by less
-MORE_DESCRIPTORS = 2
+MORE_DESCRIPTORS = 6  # those of the loop and of the cache, which stay, may not be there when a process has not read yet
 MORE_THREADS = 6  # uvloop's four, which stay, may not be there when a process has not read yet
 MILLION = 1_000_000
 
