@@ -21,9 +21,10 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Semaphore
 
 import environments
 from fault_contenders import CONTENDERS
@@ -67,11 +68,31 @@ def interpreter(name: str, folder: Path) -> str | None:
     return environments.python_for(library or "", folder)
 
 
-def table(title: str, faults: dict[str, Fault], trials: list[Trial], pool: ThreadPoolExecutor) -> None:
-    print(f"\n## {title}\n\n| fault | {' | '.join(trial.name for trial in trials)} |\n|---|{'---|' * len(trials)}")
-    for name, fault in faults.items():
-        cells = pool.map(outcome, trials, [fault] * len(trials))
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+class Column:
+    """The cells of one contender, which come one after the other, beside those of other contenders."""
+
+    def __init__(self, trial: Trial, jobs: Semaphore) -> None:
+        self.trial, self._jobs, self._thread = trial, jobs, ThreadPoolExecutor(1)
+
+    def begin(self, fault: Fault) -> Future[str]:
+        return self._thread.submit(self._cell, fault)
+
+    def _cell(self, fault: Fault) -> str:
+        with self._jobs:
+            return outcome(self.trial, fault)
+
+
+def tables(sections: dict[str, dict[str, Fault]], columns: list[Column]) -> None:
+    """Begin all cells, and print each row when it is complete."""
+    begun = {
+        title: {name: [column.begin(fault) for column in columns] for name, fault in faults.items()}
+        for title, faults in sections.items()
+    }
+    for title, rows in begun.items():
+        names = " | ".join(column.trial.name for column in columns)
+        print(f"\n## {title}\n\n| fault | {names} |\n|---|{'---|' * len(columns)}")
+        for name, cells in rows.items():
+            print(f"| {name} | {' | '.join(cell.result() for cell in cells)} |", flush=True)
 
 
 def main() -> None:
@@ -93,11 +114,12 @@ def main() -> None:
                 stack.enter_context(trial.origin)
                 stack.callback(unlock, trial.home)
                 trials += [trial] * trial.works()
-        pool = stack.enter_context(ThreadPoolExecutor(options.jobs))
-        for title, faults in SECTIONS.items():
-            chosen = {name: fault for name, fault in faults.items() if options.only in name or options.only in title}
-            if chosen:
-                table(title, chosen, trials, pool)
+        jobs = Semaphore(options.jobs)
+        chosen = {
+            title: {name: fault for name, fault in faults.items() if options.only in name or options.only in title}
+            for title, faults in SECTIONS.items()
+        }
+        tables({title: faults for title, faults in chosen.items() if faults}, [Column(trial, jobs) for trial in trials])
 
 
 if __name__ == "__main__":
