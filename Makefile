@@ -9,8 +9,8 @@ SERVERS := $(abspath $(VENV))-servers
 MINIO := github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c
 TOXIPROXY := github.com/Shopify/toxiproxy/v2/cmd/server@v2.5.0
 export PATH := $(SERVERS):$(PATH)
-BRINGING := store fetcher express large dataset failures errors bad_input
-USING := workers life processes lookahead ranks cli vision
+BRINGING := store fetcher large failures errors
+USING := express dataset bad_input workers life processes lookahead ranks cli vision
 SOAK_S ?= 60
 PARALLEL := --numprocesses 2 --dist worksteal
 PIP := -m pip install --quiet --disable-pip-version-check
@@ -43,7 +43,7 @@ test-newest: $(VENV)/.test
 
 # What speaks S3, once more with the oldest aiobotocore that is supported, the one that aioboto3 pins.
 test-oldest: $(OLDEST)/.test
-	PATH="$(BIN):$$PATH" $(OLDEST)/bin/python -m pytest $(PARALLEL) $(addprefix tests/test_,store.py dataset.py lanes.py guards.py faults_network.py)
+	PATH="$(BIN):$$PATH" $(OLDEST)/bin/python -m pytest $(PARALLEL) $(addprefix tests/test_,store.py lanes.py guards.py faults_network.py)
 	PATH="$(BIN):$$PATH" $(OLDEST)/bin/python -m pytest -k aioboto3 tests/test_examples.py
 
 # What brings objects, and what can go wrong with that, once more without the lean lane.

@@ -1155,12 +1155,12 @@ def fork_server():
     [
         (None, 0, False),
         ("fork", 1, False),
-        ("fork", 2, False),
-        ("fork", 2, True),
-        ("fork", 4, False),
         ("fork", 4, True),
         ("forkserver", 2, False),
         ("spawn", 2, True),
+        pytest.param("fork", 2, False, marks=pytest.mark.thorough),
+        pytest.param("fork", 2, True, marks=pytest.mark.thorough),
+        pytest.param("fork", 4, False, marks=pytest.mark.thorough),
     ],
 )
 def test_each_object_is_fetched_once_in_two_epochs(bucket, start, workers, persistent):

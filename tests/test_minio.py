@@ -296,8 +296,15 @@ def test_objects_under_a_customers_key(start, tmp_path):
 # how it ends, and comes back
 
 
-@LANES
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("lane", "number"),
+    [
+        ("auto", signal.SIGKILL),
+        ("full", signal.SIGTERM),
+        pytest.param("auto", signal.SIGTERM, marks=pytest.mark.thorough),
+        pytest.param("full", signal.SIGKILL, marks=pytest.mark.thorough),
+    ],
+)
 def test_server_that_is_started_anew_in_an_epoch_costs_no_sample(start, lane, number):
     minio = start()
     minio.put("mnist", KEYS)

@@ -145,7 +145,7 @@ def read_everything(seed, barrier):
             assert dataset.__getitems__(some) == [body(KEYS[index]) for index in some]
 
 
-@pytest.mark.parametrize("same_order", [True, False])
+@pytest.mark.parametrize("same_order", [pytest.param(True, marks=pytest.mark.thorough), False])
 def test_four_processes_that_start_at_once_download_each_object_once(bucket, child, same_order):
     barrier = multiprocessing.get_context("spawn").Barrier(4)
     seeds = [0] * 4 if same_order else range(4)

@@ -152,15 +152,15 @@ def failure(loader: DataLoader) -> Exception:
     [
         (None, 0, False),
         ("fork", 1, False),
-        ("fork", 1, True),
-        ("fork", 4, False),
         ("fork", 4, True),
-        ("forkserver", 1, False),
-        ("forkserver", 1, True),
         ("forkserver", 4, False),
-        ("forkserver", 4, True),
-        ("spawn", 1, False),
         ("spawn", 4, True),
+        pytest.param("fork", 1, True, marks=pytest.mark.thorough),
+        pytest.param("fork", 4, False, marks=pytest.mark.thorough),
+        pytest.param("forkserver", 1, False, marks=pytest.mark.thorough),
+        pytest.param("forkserver", 1, True, marks=pytest.mark.thorough),
+        pytest.param("forkserver", 4, True, marks=pytest.mark.thorough),
+        pytest.param("spawn", 1, False, marks=pytest.mark.thorough),
     ],
 )
 def test_shuffled_epochs_with_random_transforms_are_those_of_a_plain_dataset(bucket, method, workers, persistent):
