@@ -318,3 +318,24 @@ async def test_limiter_is_told_of_each_object_and_each_failed_attempt_once(s3, m
         await all_told.wait()
         assert "at most 128" in repr(fetcher)
     assert told == [301, 30100, 20]
+
+
+def fetch_with_few_files(count):
+    """As on macOS, where a process may open 256 files unless somebody says otherwise."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+    async def fetch():
+        infos = [ObjectInfo("mnist", f"{number:04}", 100) for number in range(count)]
+        async with Fetcher.open(concurrency="auto") as fetcher:
+            assert len([found async for found in fetcher.fetch(infos)]) == count
+            assert fetcher._slots.most == 128
+
+    asyncio.run(fetch())
+
+
+def test_few_files_are_enough_where_more_requests_would_pay(s3_process, child):
+    s3_process.put_many("mnist", {f"{number:04}": bytes(100) for number in range(4000)})
+    s3_process.latency = 0.05
+    child("spawn", fetch_with_few_files, 4000)
+    assert 64 < s3_process.stats.max_in_flight <= 128
+    assert s3_process.stats.requests["GET"] == 4000
