@@ -59,17 +59,22 @@ class Express:
     """An object that is sent for without a task; what becomes of it is for subclasses to say.
 
     `known` is the object, of known size. `held` are the bytes of memory that are kept for it from its request on, to be
-    given back by who gets it. `spent` is how many seconds of its deadline are over. When it is `over`, nobody needs it
-    any more. When it is late, it makes its detour with this request, and another one beside it.
+    given back by who gets it. `spent` is how many seconds of its deadline are over. `task` is what sees to it where
+    that takes more than a request. When it is `over`, nobody needs it any more.
+
+    When it is late, a second request is made, as soon as there is a slot for it, if the first is under way still, and
+    memory has room; what comes first counts, and ends the other.
     """
 
-    __slots__ = ("_began", "_downloader", "_drop", "_outcome", "held", "known", "over", "spent")
+    __slots__ = ("_began", "_downloader", "_drop", "_failure", "_second", "held", "known", "over", "spent", "task")
 
     def __init__(self, downloader: "Downloader", info: ObjectInfo) -> None:
         self._downloader = downloader
         self._began = 0.0
-        self._drop: Drop | None = None
-        self._outcome: asyncio.Future[First] | None = None  # of the request, when it is late
+        self._drop: Drop | None = None  # while the first request is under way
+        self._second: asyncio.Task[tuple[ObjectInfo, bytes]] | None = None
+        self._failure: First | None = None  # of the first request, while the second is under way
+        self.task: asyncio.Task[Any] | None = None
         self.known = info
         self.held = 0
         self.spent = 0.0
@@ -107,44 +112,63 @@ class Express:
         except Exception as error:
             self.otherwise(failed(error))
             return
-        if self._outcome is not None:
-            self.otherwise(partial(_told, served, body))
-            return
-        try:
-            self._downloader.arrived(self, len(body), asyncio.get_running_loop().time() - self._began)
-        finally:
-            self.landed(served, body)
+        self._drop = None
+        second, self._second = self._second, None
+        if second is not None:
+            second.cancel()
+        self._hand_on(served, body)
 
     def otherwise(self, first: First) -> None:
         """See `Outcome`."""
+        self._drop = None
         self._downloader.hedging.end(self)
         self._downloader.slots.give_back(1)
         self.release()
-        if self._outcome is None:
-            self.detour(first, asyncio.get_running_loop().time() - self._began)
-        elif not self._outcome.done():
-            self._outcome.set_result(first)
+        if self._second is None:
+            self.detour(first, self._age)
+        else:
+            self._failure = first
+
+    # a second request
 
     def late(self) -> None:
         """See `Hedging`."""
-        loop = asyncio.get_running_loop()
-        self._outcome = loop.create_future()
-        self.detour(partial(self._downloader.race, self), loop.time() - self._began)
+        self._downloader.slots.offer(1, self._ask_again)
+
+    def _ask_again(self) -> bool:
+        """Use a slot for a second request, or leave it: it never waits for memory while the first one holds some."""
+        if self.over or self._drop is None or not self._downloader.memory.take_now(self.known.size or 0):
+            return False
+        self._second = self.task = asyncio.create_task(self._downloader.once_more(self.known, no_bound))
+        self._second.add_done_callback(self._second_over)
+        return True
+
+    def _second_over(self, task: asyncio.Task[tuple[ObjectInfo, bytes]]) -> None:
+        size = self.known.size or 0
+        if not task.cancelled() and task.exception() is None and self._second is task and not self.over:
+            if self._drop is not None:
+                self._drop()  # which gives back what the first one has
+            self._second, self.held = None, size
+            self._hand_on(*task.result())
+            return
+        self._downloader.slots.give_back(1)
+        self._downloader.memory.give_back(size)
+        if self._second is task and not task.cancelled() and not self.over:
+            self._second = self.task = None
+            if self._failure is not None:
+                self.detour(self._failure, self._age)
+
+    # what both have
 
     @property
-    def came_after_all(self) -> bool:
-        """Whether the request that was late is over."""
-        return self._outcome is not None and self._outcome.done()
+    def _age(self) -> float:
+        return asyncio.get_running_loop().time() - self._began
 
-    async def outcome(self) -> tuple[ObjectInfo, bytes]:
-        """What becomes of the request that is late. Cancelling ends it."""
-        assert self._outcome is not None
+    def _hand_on(self, served: ObjectInfo, body: bytes) -> None:
         try:
-            first = await self._outcome
+            self._downloader.arrived(self, len(body), self._age)
         finally:
-            if self._drop is not None:
-                self._drop()
-        return await first()
+            self.landed(served, body)
 
     def release(self) -> None:
         """Give back the memory that is held for it."""
@@ -203,22 +227,15 @@ class Downloader:
             return None
         drop = self._ask(object.known, object, until + self._retry.deadline)
         if drop is not None:
-            self.hedging.begin(object)
+            self.hedging.begin(object, object.known.size)
         return drop
-
-    async def race(self, object: Express) -> tuple[ObjectInfo, bytes]:
-        """Ask once more for what is late, and return what comes first, verified."""
-        first = asyncio.create_task(object.outcome())
-        if object.came_after_all:
-            return await first
-        return await either(first, asyncio.create_task(self._once_more(object.known, no_bound)))
 
     def arrived(self, object: Express, size: int, seconds: float) -> None:
         """Count an object that came by express, and let others have its slot."""
         self.hedging.end(object)
         self.slots.came(size)
         self.slots.give_back(1)
-        self._observe(seconds)
+        self._observe(seconds, size)
         self._retry.succeeded()
         self._count += 1
         self._bytes += size
@@ -294,7 +311,7 @@ class Downloader:
             served, body = await asked
             verify(info, served, body)
         self.slots.came(len(body))
-        self._observe(time.perf_counter() - started)
+        self._observe(time.perf_counter() - started, len(body))
         return served, body
 
     async def _hedged(
@@ -304,36 +321,26 @@ class Downloader:
         if not self.hedging.ready:
             return await get(info, partial(_admit, turn, most, clock))
         first = asyncio.create_task(_verified(get, info, partial(_admit, turn, most, clock)))
-        watched = _Watched(first)
-        self.hedging.begin(watched)
+        watched = _Watched(first, self.slots, self.memory, turn.size)
+        self.hedging.begin(watched, info.size)
         try:
-            await watched.over_or_late
-        except asyncio.CancelledError:
-            first.cancel()
-            await asyncio.wait([first])
-            raise
+            await watched.over_or_room
+            if not watched.has_room:
+                return await first
+            return await either(first, asyncio.create_task(self.once_more(info, watched.admit)))
         finally:
             self.hedging.end(watched)
-        if first.done():
-            return first.result()
-        return await either(first, asyncio.create_task(self._in_its_turn(info, most, clock)))
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            watched.give_back()
 
-    async def _in_its_turn(
-        self, info: ObjectInfo, most: int | None, clock: asyncio.Timeout
-    ) -> tuple[ObjectInfo, bytes]:
-        turn = Turn(self.slots, self.memory, self.expected_size(info))
-        try:
-            async with turn:
-                return await self._once_more(info, partial(_admit, turn, most, clock))
-        finally:
-            turn.release()
-
-    async def _once_more(self, info: ObjectInfo, reserve: Reserve) -> tuple[ObjectInfo, bytes]:
+    async def once_more(self, info: ObjectInfo, reserve: Reserve) -> tuple[ObjectInfo, bytes]:
+        """Make the second request for what is late."""
         self._on_hedge()
         return await _verified(self._again, info, reserve)
 
-    def _observe(self, seconds: float) -> None:
-        self.hedging.came(seconds)
+    def _observe(self, seconds: float, size: int) -> None:
+        self.hedging.came(seconds, size)
         self._observe_one(seconds)
 
     @contextlib.contextmanager
@@ -369,25 +376,43 @@ class Downloader:
 
 
 class _Watched:
-    """A request that a task makes."""
+    """A request that a task makes; and when it is late, a slot and room for a second one, if they come in time."""
 
-    def __init__(self, request: asyncio.Task[Any]) -> None:
-        self.over_or_late: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        request.add_done_callback(self.late)
+    def __init__(self, request: asyncio.Task[Any], slots: Slots, memory: Memory, size: int) -> None:
+        self.over_or_room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.has_room = False
+        self._slots, self._memory, self._size = slots, memory, size
+        request.add_done_callback(self._over)
 
-    def late(self, _: object = None) -> None:
+    def late(self) -> None:
         """See `Hedging`."""
-        if not self.over_or_late.done():
-            self.over_or_late.set_result(None)
+        self._slots.offer(1, self._accept)
+
+    def _accept(self) -> bool:
+        if self.over_or_room.done() or not self._memory.take_now(self._size):
+            return False
+        self.has_room = True
+        self.over_or_room.set_result(None)
+        return True
+
+    def _over(self, _: object) -> None:
+        if not self.over_or_room.done():
+            self.over_or_room.set_result(None)
+
+    def admit(self, size: int) -> None:
+        """See `Reserve`."""
+        if size > self._size:
+            raise SizeTold(size)
+
+    def give_back(self) -> None:
+        if self.has_room:
+            self._slots.give_back(1)
+            self._memory.give_back(self._size)
 
 
 async def _verified(get: Get, info: ObjectInfo, reserve: Reserve) -> tuple[ObjectInfo, bytes]:
     served, body = await get(info, reserve)
     verify(info, served, body)
-    return served, body
-
-
-async def _told(served: ObjectInfo, body: bytes) -> tuple[ObjectInfo, bytes]:
     return served, body
 
 

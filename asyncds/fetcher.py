@@ -77,7 +77,7 @@ class Flight(Express):
 
     __slots__ = (
         *("_arrived", "_fetcher", "_settled", "claimed", "group", "id", "info", "key"),
-        *("reserved", "result", "size", "stored", "task"),
+        *("reserved", "result", "size", "stored"),
     )
 
     def __init__(self, fetcher: "Fetcher", info: ObjectInfo, group: int | None = None, reserved: int = 0) -> None:
@@ -92,7 +92,6 @@ class Flight(Express):
         self.claimed = False
         self.result: Fetched | BaseException | None = None
         self.stored: bool | None = None
-        self.task: asyncio.Task[None] | None = None  # what sees to it where that takes more than a request
         self._arrived: asyncio.Future[Fetched] | None = None
         self._settled: asyncio.Future[bool] | None = None
 

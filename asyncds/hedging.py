@@ -12,6 +12,7 @@ T = TypeVar("T")
 
 _FACTOR, _PERCENTILE, _LEAST_S = 4.0, 95, 0.25
 _SHARE, _SAVED = 0.02, 8.0
+_LARGER, _SMALL = 4, 64 << 10  # times the mean size, and bytes: what is above both takes long because it is large
 _ENOUGH, _MEMORY = 100, 2000  # requests: before anything is late, and that are remembered
 _TICK_S = 0.05
 _FASTEST_S, _GROWTH, _BUCKETS = 0.001, 1.2, 64
@@ -31,7 +32,8 @@ class Hedging:
     most once for every 50 requests that have come, so that second requests are 2 % of all where everything is late:
     then they would not help. Not the 99th percentile: where one in a hundred answers is slow, that is slow itself.
 
-    Time in which the loop stood still does not count: what was on its way may have come long since. `ready` is whether
+    Objects that are much larger than the mean are never late: they take their time. Nor does time count in which the
+    loop stood still: what was on its way may have come long since. `ready` is whether
     enough has come to tell what is late; never, unless `enabled`. Lives on one event loop.
     """
 
@@ -45,10 +47,11 @@ class Hedging:
         self._patience = math.inf
         self._counts = [0.0] * _BUCKETS
         self._seen = 0
+        self._mean = 0.0  # bytes, of about the last hundred
 
-    def begin(self, request: Late) -> None:
-        """A request was sent; nothing happens before it is `ready`."""
-        if not self.ready:
+    def begin(self, request: Late, size: int | None) -> None:
+        """A request was sent, for so many bytes, if that is known; nothing happens before it is `ready`."""
+        if not self.ready or (size is not None and size > max(_SMALL, _LARGER * self._mean)):
             return
         now = asyncio.get_running_loop().time()
         if self._watch is None:
@@ -59,8 +62,9 @@ class Hedging:
         """It is over, in whatever way."""
         self._under_way.pop(request, None)
 
-    def came(self, seconds: float) -> None:
-        """A request brought what was asked for, so many seconds after it was sent."""
+    def came(self, seconds: float, size: int) -> None:
+        """A request brought so many bytes, so many seconds after it was sent."""
+        self._mean += (size - self._mean) / min(self._seen + 1, _ENOUGH)
         self._allowance = min(_SAVED, self._allowance + _SHARE)
         bucket = math.ceil(math.log(max(seconds, _FASTEST_S) / _FASTEST_S, _GROWTH))
         self._counts[min(_BUCKETS - 1, bucket)] += 1
@@ -102,9 +106,9 @@ async def either(*tasks: asyncio.Task[T]) -> T:
     try:
         while True:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                if task.cancelled() or task.exception() is None or not waiting:
-                    return task.result()
+            good = [task for task in done if not task.cancelled() and task.exception() is None]
+            if good or not waiting:
+                return (good or list(done))[0].result()
     finally:
         for task in tasks:
             task.cancel()

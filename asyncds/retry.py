@@ -37,7 +37,7 @@ class RetryBudget:
 
     So a store that fails is asked twice for each success at most, in the long run, and next to nothing where there are
     none: as in Finagle's `RetryBudget`, and the token bucket of the AWS SDKs' standard mode. What it holds back
-    waits, and does not fail.
+    waits, up to its deadline, and does not fail at once.
     """
 
     def __init__(self) -> None:
@@ -135,15 +135,17 @@ class Retry:
 
         Raises the failure where there is to be none, because of it, or since less than `over` would be left.
         """
-        delay = pause(tries) + min(failure.retry_after, self.deadline / 4)
+        delay, held_back = pause(tries) + min(failure.retry_after, self.deadline / 4), False
         while failure.transient and tries <= self.retries and left - delay >= over:
             await asyncio.sleep(delay)
             left -= delay
             if _budget.take():
                 return left
-            delay = pause(tries)
+            delay, held_back = pause(tries), True
         _log.debug("given up", exc_info=failure)
-        raise _told(failure, tries, deadline - left) from None  # a page of frames of aiohttp and botocore helps nobody
+        raise _told(
+            failure, tries, deadline - left, held_back
+        ) from None  # a page of frames of aiohttp and botocore helps nobody
 
     def _warn(self, failure: AsyncdsError, left: float) -> None:
         """Say that there is trouble: once in a while, however many objects are in it."""
@@ -158,6 +160,7 @@ def _too_late(what: str, deadline: float, tries: int, last: str) -> DeadlineExce
     return DeadlineExceeded(f"{story}{last}; raise ASYNCDS_DEADLINE if that is expected")
 
 
-def _told(error: AsyncdsError, tries: int, spent: float) -> AsyncdsError:
-    story = f" after {tries} attempts in {spent:.1f} s" if tries > 1 else ""
+def _told(error: AsyncdsError, tries: int, spent: float, held_back: bool) -> AsyncdsError:
+    story = f" after {tries} attempts in {spent:.1f} s" if tries > 1 or held_back else ""
+    story += " (so many requests fail that the next one was held back)" if held_back else ""
     return type(error)(f"{error}{story}{'; ' if error.remedy else ''}{error.remedy}")

@@ -1,6 +1,7 @@
 """Measure a bucket from this machine: how many requests in flight pay, and what then is the limit."""
 
 import asyncio
+import contextlib
 import random
 import resource
 import shutil
@@ -225,11 +226,13 @@ async def _cold(fetcher: Fetcher, concurrency: int, wanted: Sequence[ObjectInfo]
     last = started = time.monotonic()
     cpu = _cpu()
     async with fetcher, aclosing(fetcher.outcomes(wanted)) as outcomes:
-        async for _, result in outcomes:
-            if not isinstance(result, AsyncdsError):
-                objects, size, last = objects + 1, size + len(result.body), time.monotonic()
-            if time.monotonic() - started > seconds:
-                break
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds + _GRACE_S):
+                async for _, result in outcomes:
+                    if not isinstance(result, AsyncdsError):
+                        objects, size, last = objects + 1, size + len(result.body), time.monotonic()
+                    if time.monotonic() - started > seconds:
+                        break
         cpu = _cpu() - cpu
     return Step(concurrency, objects, size, max(last - started, 1e-6), cpu, 0)
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -249,3 +250,20 @@ def test_another_version_is_not_what_was_kept_at_hand():
     early = _Early()
     early.add(Fetched(info("k"), BODY))
     assert early.take([info("k")._replace(etag="new")]) == ([True], [None])
+
+
+@pytest.mark.lean
+async def test_answers_that_came_while_the_loop_stood_still_are_taken(s3, monkeypatch, tmp_path):
+    """As after SIGSTOP and SIGCONT: timers are due before sockets are read."""
+    infos = [info(f"k{number}") for number in range(20)]
+    s3.put_many("bucket", {each.key: BODY for each in infos})
+    async with Fetcher.open(cache_dir=tmp_path, concurrency=20, timeout=0.4, retries=0) as fetcher:
+        await asyncio.gather(*map(fetcher.get, infos[:10]))
+        s3.latency = 0.2
+        s3.reset_counts()
+        asked = [asyncio.create_task(fetcher.get(each)) for each in infos[10:]]
+        async with asyncio.timeout(10):
+            while s3.stats.requests["GET"] < 10:
+                await asyncio.sleep(0)
+        time.sleep(1)
+        assert {fetched.body for fetched in await asyncio.gather(*asked)} == {BODY}

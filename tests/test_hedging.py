@@ -56,13 +56,13 @@ def loop(monkeypatch):
 def experienced(seconds=0.01, *, of=500):
     hedging = Hedging()
     for _ in range(of):
-        hedging.came(seconds)
+        hedging.came(seconds, 1000)
     return hedging
 
 
 def test_request_is_late_after_a_quarter_of_a_second_where_others_are_fast(loop):
     hedging, request = experienced(0.01), Request()
-    hedging.begin(request)
+    hedging.begin(request, 1000)
     loop.pass_by(0.25)
     assert not request.told
     loop.pass_by(0.15)
@@ -73,7 +73,7 @@ def test_request_is_late_after_a_quarter_of_a_second_where_others_are_fast(loop)
 
 def test_request_is_late_after_four_times_what_nearly_all_others_take(loop):
     hedging, request = experienced(0.5), Request()
-    hedging.begin(request)
+    hedging.begin(request, 1000)
     loop.pass_by(1.9)
     assert not request.told
     loop.pass_by(0.6)  # percentiles are known to a fifth
@@ -83,15 +83,15 @@ def test_request_is_late_after_four_times_what_nearly_all_others_take(loop):
 def test_one_slow_answer_in_a_hundred_does_not_make_all_others_wait(loop):
     hedging, request = Hedging(), Request()
     for number in range(1000):
-        hedging.came(5.0 if number % 100 == 0 else 0.01)
-    hedging.begin(request)
+        hedging.came(5.0 if number % 100 == 0 else 0.01, 1000)
+    hedging.begin(request, 1000)
     loop.pass_by(0.4)
     assert request.told == 1
 
 
 def test_request_that_is_over_is_never_late(loop):
     hedging, request = experienced(), Request()
-    hedging.begin(request)
+    hedging.begin(request, 1000)
     loop.pass_by(0.2)
     hedging.end(request)
     loop.pass_by(10)
@@ -100,11 +100,12 @@ def test_request_that_is_over_is_never_late(loop):
 
 
 def test_nothing_is_late_before_a_hundred_have_come_nor_where_it_is_switched_off(loop):
-    for hedging in (experienced(of=99), Hedging(enabled=False)):
-        for _ in range(1000 if hedging.ready else 0):
-            hedging.came(0.01)
+    off = Hedging(enabled=False)
+    for _ in range(1000):
+        off.came(0.01, 1000)
+    for hedging in (experienced(of=99), off):
         request = Request()
-        hedging.begin(request)
+        hedging.begin(request, 1000)
         loop.pass_by(10)
         assert not request.told
 
@@ -113,11 +114,11 @@ def test_where_everything_is_late_one_in_fifty_is_asked_for_twice(loop):
     hedging = experienced(of=10_000)
     requests = [Request() for _ in range(1000)]
     for request in requests:
-        hedging.begin(request)
+        hedging.begin(request, 1000)
     loop.pass_by(10)
     assert sum(request.told for request in requests) == 8  # what was saved
     for request in requests[500:]:
-        hedging.came(10)
+        hedging.came(10, 1000)
         hedging.end(request)
     loop.pass_by(40)
     assert 8 < sum(request.told for request in requests) <= 8 + 500 * 0.02
@@ -125,16 +126,24 @@ def test_where_everything_is_late_one_in_fifty_is_asked_for_twice(loop):
 
 def test_time_in_which_the_loop_stood_still_makes_nothing_late(loop):
     hedging, request = experienced(), Request()
-    hedging.begin(request)
+    hedging.begin(request, 1000)
     loop.pass_by(30, standing_still=True)
     assert not request.told
+
+
+def test_object_that_is_much_larger_than_the_others_takes_its_time(loop):
+    hedging, large, usual = experienced(), Request(), Request()
+    hedging.begin(large, 1_000_000)
+    hedging.begin(usual, 60_000)
+    loop.pass_by(10)
+    assert (large.told, usual.told) == (0, 1)
 
 
 def test_network_that_becomes_slower_is_got_used_to(loop):
     hedging, request = experienced(0.01, of=4000), Request()
     for _ in range(1000):
-        hedging.came(1.0)
-    hedging.begin(request)
+        hedging.came(1.0, 1000)
+    hedging.begin(request, 1000)
     loop.pass_by(3.5)
     assert not request.told
 
@@ -158,6 +167,14 @@ async def test_first_success_counts_and_the_other_is_over():
 async def test_failure_of_one_leaves_it_to_the_other():
     bad, good = asyncio.create_task(ends(error=ValueError("bad"))), asyncio.create_task(ends(0.01, "good"))
     assert await either(bad, good) == "good"
+
+
+async def test_success_counts_where_both_end_at_once():
+    for turn in range(50):
+        good, bad = ends(0, "good"), ends(0, error=ValueError("bad"))
+        first, second = map(asyncio.create_task, (good, bad) if turn % 2 else (bad, good))
+        await asyncio.sleep(0.001)
+        assert await either(first, second) == "good"
 
 
 async def test_failure_of_both_is_told():
@@ -260,12 +277,43 @@ async def test_where_hedging_is_off_there_is_one_request(stocked, lane):
         assert stocked.stats.gets["mnist", "train/150"] == 1
 
 
-async def test_wrong_bytes_of_the_second_request_are_not_taken(stocked, monkeypatch):
+async def test_another_version_that_the_second_request_brings_is_not_taken(stocked, monkeypatch):
     monkeypatch.setattr(module, "_FACTOR", 0.0)
     async with practised(stocked) as (fetcher, infos):
-        stocked.script("mnist", "train/150", [Fault.delay(1.0), Fault.body(b"other", own_etag=True)])
+        other = Fault.body(bytes(800), own_etag=True)
+        stocked.script("mnist", "train/150", [Fault.delay(1.0), other])
         bodies = {info.key: body async for info, body in fetcher.fetch(infos)}
         assert bodies["train/150"] == (150).to_bytes(2, "big") * 400
+        assert stocked.stats.gets["mnist", "train/150"] == 2
+
+
+@pytest.mark.parametrize("lane", ["auto", "full"])
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("slots", [1, 3])
+async def test_stalls_that_take_all_slots_end_with_their_attempts(stocked, lane, sized, slots):
+    """Nobody waits for a slot, or for room, that is held for the same object."""
+    async with practised(stocked, lane=lane, concurrency=slots, timeout=1.0, deadline=60.0) as (fetcher, infos):
+        chosen = infos[:slots]
+        for info in chosen:
+            stocked.script("mnist", info.key, [Fault.stall()])
+        asked = [info if sized else ObjectInfo(info.bucket, info.key) for info in infos]
+        async with asyncio.timeout(30):
+            assert len([body async for _, body in fetcher.fetch(asked)]) == len(infos)
+        counts = stocked.stats.gets
+        assert all(counts["mnist", info.key] in (2, 3) for info in chosen)
+
+
+async def test_late_object_that_comes_first_is_not_kept_waiting_by_a_queue(stocked, monkeypatch):
+    monkeypatch.setattr(module, "_FACTOR", 0.0)
+    async with practised(stocked, concurrency=2) as (fetcher, infos):
+        stocked.latency = 0.02
+        stocked.script("mnist", infos[0].key, [Fault.delay(0.6)])
+        order = []
+        tasks = [asyncio.create_task(fetcher.get(info)) for info in infos]
+        for task, info in zip(tasks, infos, strict=True):
+            task.add_done_callback(lambda _, key=info.key: order.append(key))
+        await asyncio.gather(*tasks)
+        assert order[-1] != infos[0].key
 
 
 async def test_closing_amid_two_requests_ends_both(stocked):

@@ -4,6 +4,7 @@ import asyncio
 import email.utils
 import ssl
 import time
+from datetime import UTC
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -152,7 +153,8 @@ def _seconds(retry_after: str) -> float:
     if retry_after.isascii() and retry_after.isdigit():
         return float(retry_after[:9])
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+        date = email.utils.parsedate_to_datetime(retry_after)
+        return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time())
     except (ValueError, OverflowError):
         return 0.0
 

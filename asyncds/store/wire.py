@@ -350,6 +350,7 @@ class Pool:
         self._idle: deque[_Connection] = deque()
         self._busy: set[_Connection] = set()
         self._watch: asyncio.TimerHandle | None = None
+        self._due = 0.0
         self._closed = False
 
     async def get(
@@ -457,12 +458,16 @@ class Pool:
     def _watch_over(self) -> None:
         """Look after all connections from time to time, rather than set a timer for each request."""
         if self._watch is None:
-            self._watch = asyncio.get_running_loop().call_later(min(1.0, self.timeout / 4), self._look)
+            loop, pause = asyncio.get_running_loop(), min(1.0, self.timeout / 4)
+            self._watch, self._due = loop.call_later(pause, self._look), loop.time() + pause
 
     def _look(self) -> None:
         now = asyncio.get_running_loop().time()
         self._watch = None
+        overdue = now - self._due  # this process stood still, and answers that have come are still to be read
         for connection in list(self._busy):
+            connection.pace.since += overdue
+            connection.until += overdue
             late = connection.pace.fault(now)
             if late is None and now > connection.until:
                 late = "it took too long"
