@@ -14,7 +14,7 @@ __all__ = ["SECONDS_BETWEEN_CHECKS", "insist_on_a_loader", "is_worker", "settle_
 
 SECONDS_BETWEEN_CHECKS = 0.2
 _BEFORE_QUEUES = 0  # multiprocessing waits for those at -5; at 90 and above datasets are closed
-_settled = 0
+_settled = _parent = 0  # process, and the one that it had then
 
 
 def workers() -> int:
@@ -40,9 +40,9 @@ def spare_the_collector() -> None:
 
 def settle_in() -> None:
     """What a worker does before its first batch, which may be all there is to be done if everything is cached."""
-    global _settled
+    global _settled, _parent
     if _settled != os.getpid():
-        _settled = os.getpid()
+        _settled, _parent = os.getpid(), os.getppid()
         if is_worker():
             util.Finalize(None, _leave_no_orphan, exitpriority=_BEFORE_QUEUES)
         spare_the_collector()
@@ -63,8 +63,12 @@ def insist_on_a_loader() -> None:
 
 
 def _is_orphan() -> bool:
+    """Whether the training process has died: then a worker has another parent. A fork server is none; but what
+    multiprocessing goes by is of no use among forked workers, each of which keeps the end of those before it open."""
     parent = multiprocessing.parent_process()
-    return parent is not None and not parent.is_alive()
+    if parent is None:
+        return False
+    return (_settled == os.getpid() and _parent != os.getppid()) or not parent.is_alive()
 
 
 def _leave_no_orphan() -> None:

@@ -345,6 +345,21 @@ def test_wrong_call_gets_one_sentence_and_its_exit_code(bucket, call, arguments,
     assert not bucket.stats.requests["GET"]
 
 
+def test_letters_that_the_terminal_lacks_are_no_reason_to_fail(bucket, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    bucket.put("mnist", "日本/1", b"x")
+    code, output, errors = run("warm", "s3://mnist/日本/")
+    assert (code, errors) == (0, "")
+    assert output.startswith(r"s3://mnist/\u65e5\u672c/: 1 objects")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full: it is Linux's")
+def test_output_that_cannot_be_written_is_one_line(bucket):
+    with open("/dev/full", "w") as full, start("config", stdout=full) as process:
+        errors = process.communicate(timeout=50)[1]
+    assert (process.returncode, len(errors.splitlines())) == (1, 1)
+
+
 @pytest.mark.parametrize("uri", ["s3://my bucket/x", "s3://Mn_ist!!/x", "s3://mn\nist/x"])
 def test_name_that_no_bucket_has(bucket, call, uri):
     code, output, errors = call("warm", uri)

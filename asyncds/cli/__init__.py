@@ -1,5 +1,6 @@
 """The command line. A module for each command, which imports what it needs when it runs; torch by the demo only."""
 
+import io
 import signal
 import sys
 import warnings
@@ -45,6 +46,9 @@ def _tell(error: click.ClickException) -> None:
 def main() -> None:
     """Run a command. Errors and warnings of asyncds become one line each on standard error, and an exit code."""
     warnings.showwarning = _show  # type: ignore[assignment]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # keys have letters that not every terminal has
+            stream.reconfigure(errors="backslashreplace")
     try:
         _commands.main(prog_name="asyncds", standalone_mode=False)
     except AsyncdsError as error:
@@ -53,6 +57,9 @@ def main() -> None:
     except click.ClickException as error:
         _tell(error)
         sys.exit(error.exit_code)
+    except OSError as error:  # of the output, above all: `click` sees to a pipe that is closed
+        click.echo(f"error: {one_line(str(error))}", err=True)
+        sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(_INTERRUPTED)

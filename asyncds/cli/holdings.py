@@ -165,7 +165,8 @@ def _print_counters(runs: int, sums: dict[str, float]) -> None:
     click.echo(
         f"GETs      {sums['gets']:,} objects, {sums['bytes'] / 1e6:,.1f} MB; {sums['gets_lean']:,} lean, {full:,} full"
     )
-    click.echo(f"trouble   {sums['retries']:,} retries, {sums['failures']:,} failures, {sums['uncached']:,} not cached")
+    trouble = {"retries": "retries", "hedges": "hedges", "failures": "failures", "uncached": "not cached"}
+    click.echo(f"trouble   {', '.join(f'{sums[name]:,} {text}' for name, text in trouble.items())}")
     click.echo(f"latency   {latencies} ms (median, 90th, 99th percentile)")
 
 

@@ -2,31 +2,46 @@
 
 import logging
 import re
+from collections.abc import Iterable
 
-__all__ = ["mask", "mask_logs"]
+__all__ = ["hide", "mask", "mask_logs"]
 
-_LOGGERS = [
-    f"{package}.{module}"
-    for package in ("botocore", "aiobotocore")
-    for module in ("auth", "awsrequest", "client", "credentials", "endpoint", "httpsession", "parsers", "utils")
-]
-# By their names, not by the values that this process holds: those of a role are others each hour, and who assumes one
-# gets them in an answer. The value is quoted, as in a dictionary or JSON, or ends with its word, line or element.
+_MODULES = "auth", "awsrequest", "client", "credentials", "endpoint", "httpsession", "parsers", "utils"
+_LOGGERS = [f"{package}.{module}" for package in ("botocore", "aiobotocore") for module in _MODULES]
+_LOGGERS.append("asyncds.retry")  # which shows what botocore has raised
+# By their names, and not only by the values that this process holds: who assumes a role gets them in an answer. The
+# value is quoted, as in a dictionary or JSON, or ends with its word, line or element.
 _NAMED = re.compile(
     r"((?:security-token|authorization|customer-?key|secret-?access-?key|session-?token|identity-?token|access-?token"
-    r"|refresh-?token|bearer[-_]token|client-?secret|saml-?assertion)[\"']?\s*[:=>]\s*)"
-    r"(?:b?([\"']).*?\2|[^\s<&,}]+)",
+    r"|refresh-?token|bearer[-_]token|client-?secret|saml-?assertion|signature)[\"']?\s*[:=>]\s*)"
+    r"(?:b?([\"']).*?\2|AWS4-[^\r\n]*|[^\s<&,}]+)",
     re.IGNORECASE,
 )
 
 
+_hidden: set[str] = set()
+
+
+def hide(secrets: Iterable[str]) -> None:
+    """Mask these values, too, under whatever name they turn up: a server may repeat what it was sent."""
+    _hidden.update(secrets)
+
+
 def mask(text: str) -> str:
-    """Return the text with `***` in place of each value that stands behind a secret's name."""
+    """Return the text with `***` in place of each value that stands behind a secret's name, or is known for one."""
+    for secret in _hidden:
+        text = text.replace(secret, "***")
     return _NAMED.sub(r"\1***", text)
 
 
 def _mask_record(record: logging.LogRecord) -> bool:
-    record.msg, record.args = mask(record.getMessage()), ()
+    try:
+        text = record.getMessage()
+    except Exception:  # logging tells of arguments that do not fit, and goes on
+        return True
+    record.msg, record.args = mask(text), ()
+    if record.exc_info:
+        record.exc_text = mask(logging.Formatter().formatException(record.exc_info))
     return True
 
 

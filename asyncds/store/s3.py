@@ -30,7 +30,7 @@ from asyncds.store.connection import Connection
 from asyncds.store.guard import guard
 from asyncds.store.integrity import HowVerified, can_verify, compare_md5
 from asyncds.store.lean import Credentials, LeanLane, Why
-from asyncds.store.masking import mask_logs
+from asyncds.store.masking import hide, mask_logs
 from asyncds.store.pages import read_pages_first
 from asyncds.store.translate import has_expired, status_error, translate
 from asyncds.store.wire import Answer, Body, BrokenConnection, Pace
@@ -358,6 +358,7 @@ class S3Store:
         if provider is not None:
             frozen = await provider.get_frozen_credentials()
             found = Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+            hide(filter(None, (frozen.secret_key, frozen.token)))
         if self._fresh is not None and found == self._fresh[0]:
             found = self._fresh[0]  # the same object: nothing has to be prepared anew
         self._fresh = found, asyncio.get_running_loop().time()
@@ -569,7 +570,9 @@ def _home(handler: Any) -> str:
 
 def _note_token(request: Any, **_: Any) -> None:
     token = request.headers.get("X-Amz-Security-Token")
-    _token_sent.set(token.decode() if isinstance(token, bytes) else token)
+    _token_sent.set(text := token.decode() if isinstance(token, bytes) else token)
+    if text:
+        hide([text])
 
 
 def _refuse_wrong_region(response: Any, request_dict: dict[str, Any], **_: Any) -> None:

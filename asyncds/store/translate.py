@@ -24,6 +24,7 @@ from asyncds.errors import (
     TransferFailed,
 )
 from asyncds.store.connection import NOT_USED
+from asyncds.store.masking import mask
 from asyncds.store.wire import BrokenConnection, NoConnection
 
 __all__ = ["has_expired", "status_error", "translate"]
@@ -45,6 +46,7 @@ _BROKEN = (
     OSError,
 )
 _SPEAKS_TLS = "if the server speaks TLS: write https:// in the endpoint, or MINIO_SECURE=true"
+_LONGEST = 200  # of what an answer says
 _NO_BUCKET = "this cannot be a bucket's name: that has 3 to 63 small letters, digits, dots and hyphens"
 _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
 
@@ -88,11 +90,17 @@ def _unreachable(message: str, hint: str) -> AsyncdsError:
     return error.because(hint) if hint.startswith(NOT_USED) else error
 
 
+def _said(text: object) -> str:
+    """What an answer says, in a line of some words, and without secrets: who answers may be anybody."""
+    letters = (letter if letter.isprintable() else " " for letter in mask(str(text))[:_LONGEST])
+    return " ".join("".join(letters).split())
+
+
 def _of_response(response: Any, what: str, hint: str, where: str) -> AsyncdsError:
     error, status = response.get("Error", {}), response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if error.get("Code") == "RequestTimeTooSkewed":
         return _other_time(response, what, where)
-    code, message = str(error.get("Code", status)), str(error.get("Message", ""))
+    code, message = _said(error.get("Code", status)), _said(error.get("Message", ""))
     after = str(response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after", ""))
     return status_error(status, code, what, message, hint, where, after)
 
@@ -104,7 +112,7 @@ def has_expired(response: Any) -> bool:
 
 def _other_time(response: Any, what: str, where: str) -> AsyncdsError:
     headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    theirs = response["Error"].get("ServerTime") or headers.get("date", "another time")
+    theirs = _said(response["Error"].get("ServerTime") or headers.get("date", "another time"))
     ours = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     said = f"{what}: 403 RequestTimeTooSkewed: it is {theirs} at {where}, and {ours} here"
     return AccessDenied(f"{said}; set the clock of whichever is wrong")

@@ -22,10 +22,13 @@ _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 @pytest.fixture
 def asyncds_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No `AWS_*`, `MINIO_*` or `ASYNCDS_*` of the developer, no profile and no proxy; and a cache for this test alone.
+    """No `AWS_*`, `MINIO_*` or `ASYNCDS_*` of the developer, no `.env` file, profile or proxy; and a cache of its own.
 
-    It is `tmp_path / "asyncds-cache"`. A `.env` file of the working directory still counts.
+    That is `tmp_path / "asyncds-cache"`. A test that wants a `.env` file names it: `env_file=`.
     """
+    from asyncds.settings import Settings
+
+    monkeypatch.setitem(Settings.__init__.__kwdefaults__, "env_file", None)  # type: ignore[arg-type]
     for name in list(os.environ):
         if name.startswith(_FAMILIES) or name.lower() in _PROXIES:
             monkeypatch.delenv(name)

@@ -64,12 +64,13 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def plan(seed: int, seconds: float) -> Iterator[Round]:
-    """Yield rounds of all kinds in turn, for so many seconds together."""
+    """Yield rounds of all kinds in turn, from one of them on, for so many seconds together."""
     chance = random.Random(seed)
     count = max(2, round(seconds / ROUND_S))
     names = list(KINDS)
+    first = 0 if count < len(names) / 2 else chance.randrange(len(names))
     for number in range(count):
-        kind = names[number % len(names)]
+        kind = names[(first + number) % len(names)]
         yield drawn(chance, number, kind, seconds / count)
 
 
