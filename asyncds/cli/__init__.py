@@ -1,6 +1,8 @@
 """The command line. A module for each command, which imports what it needs when it runs; torch by the demo only."""
 
+import contextlib
 import io
+import os
 import signal
 import sys
 import warnings
@@ -51,6 +53,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         _commands.main(prog_name="asyncds", standalone_mode=False)
+        sys.stdout.flush()
     except AsyncdsError as error:
         click.echo(f"error: {one_line(str(error))}", err=True)
         sys.exit(error.exit_code)
@@ -59,6 +62,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except OSError as error:  # of the output, above all: `click` sees to a pipe that is closed
         click.echo(f"error: {one_line(str(error))}", err=True)
+        with contextlib.suppress(OSError, ValueError):  # what is still to be written has no place, at the end, either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)

@@ -372,7 +372,14 @@ class Pool:
             except BrokenConnection as error:
                 if not error.untouched:
                     raise
-        return await self._asked(await self._opened(), request, size, reserve, status)
+        try:
+            opened = await self._opened()
+        except NoConnection:
+            kept = self._kept() if fresh else None  # better than none, where no descriptor is left, say
+            if kept is None:
+                raise
+            opened = kept
+        return await self._asked(opened, request, size, reserve, status)
 
     def ask(self, request: bytes, size: int, done: Done, until: float) -> Drop | None:
         """Send a request on a connection that is open and idle, if there is one; return what ends it early.
