@@ -1,6 +1,7 @@
 """The small HTTP/1.1: bodies in pieces of any size, with and without a known length, on both event loops."""
 
 import asyncio
+import errno
 import gc
 import math
 import ssl
@@ -254,3 +255,21 @@ def test_slow_answer_goes_on_as_long_as_a_hundred_bytes_a_second_come():
     for second in range(1, 60):
         pace.came(101, 100.0 + second)
         assert pace.fault(100.0 + second) is None
+
+
+@LOOPS
+def test_kept_connection_is_used_where_no_descriptor_is_left_for_a_new_one(factory, monkeypatch):
+    async def main():
+        async def handle(writer):
+            writer.write(head(5) + b"hello")
+
+        async with pool_on(handle) as pool:
+            assert (await pool.get(b"GET / HTTP/1.1\r\n\r\n", 5, at_once)).body == b"hello"
+
+            async def refused():
+                raise OSError(errno.EMFILE, "Too many open files")
+
+            monkeypatch.setattr(pool, "_reached", refused)
+            assert (await pool.get(b"GET / HTTP/1.1\r\n\r\n", 5, at_once, fresh=True)).body == b"hello"
+
+    run(factory, main)

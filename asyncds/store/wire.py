@@ -7,6 +7,7 @@ to the next request.
 
 import asyncio
 import contextlib
+import errno
 import io
 import itertools
 import logging
@@ -374,8 +375,9 @@ class Pool:
                     raise
         try:
             opened = await self._opened()
-        except NoConnection:
-            kept = self._kept() if fresh else None  # better than none, where no descriptor is left, say
+        except NoConnection as error:
+            scarce = fresh and getattr(error.__cause__, "errno", None) in (errno.EMFILE, errno.ENFILE)
+            kept = self._kept() if scarce else None
             if kept is None:
                 raise
             opened = kept
