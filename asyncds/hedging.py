@@ -33,8 +33,8 @@ class Hedging:
     then they would not help. Not the 99th percentile: where one in a hundred answers is slow, that is slow itself.
 
     Objects that are much larger than the mean are never late: they take their time. Nor does time count in which the
-    loop stood still: what was on its way may have come long since. `ready` is whether
-    enough has come to tell what is late; never, unless `enabled`. Lives on one event loop.
+    loop stood still: what was on its way may have come long since. `ready` is whether enough has come to tell what is
+    late; never, unless `enabled`. Lives on one event loop.
     """
 
     def __init__(self, enabled: bool = True) -> None:

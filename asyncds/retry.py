@@ -143,9 +143,8 @@ class Retry:
                 return left
             delay, held_back = pause(tries), True
         _log.debug("given up", exc_info=failure)
-        raise _told(
-            failure, tries, deadline - left, held_back
-        ) from None  # a page of frames of aiohttp and botocore helps nobody
+        # None: a page of frames of aiohttp and botocore helps nobody.
+        raise _told(failure, tries, deadline - left, held_back) from None
 
     def _warn(self, failure: AsyncdsError, left: float) -> None:
         """Say that there is trouble: once in a while, however many objects are in it."""

@@ -174,12 +174,14 @@ async def tune(
         if not steps:
             raise DeadlineExceeded(f"s3://{bucket}/{prefix}: no object came within {seconds:g} s; raise --seconds")
         cut = _pays(steps) and steps[-1].concurrency < highest
+        best = knee(steps).concurrency
         try:
-            best = knee(steps).concurrency
             with _cache_in(settings.cache_dir) as cache:
                 writing = Fetcher(store, cache, concurrency=best, retry=retry, hedging=False)
                 cold = await _cold(writing, best, wanted[:kept_back], min(_COLD_S, seconds * _COLD))
             written = await asyncio.to_thread(_written, settings.cache_dir, run.bodies)
+        except AsyncdsError:  # of the store, many of which are OSErrors, too
+            raise
         except OSError as error:
             raise CacheError(f"{settings.cache_dir}: {error}; name another folder by ASYNCDS_CACHE_DIR") from None
     mean = float(manifest.sizes.clip(0).mean())

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from asyncds import CachedS3MapDataset, Connection, Fetcher, Retry, S3Store, Settings
 from asyncds.cli import main
 from asyncds.errors import AsyncdsError
-from asyncds.store.masking import mask, mask_logs
+from asyncds.store.masking import hide, mask, mask_logs
 from asyncds.testing import Fault, S3Server
 
 pytestmark = [
@@ -291,6 +291,11 @@ def test_error_out_of_a_worker(outputs, store):
 def test_signature_is_masked_however_it_is_logged(text):
     assert "0123456789abcdef" not in mask(text)
     assert mask("SignatureVersion: s3v4, SignedHeaders=host") == "SignatureVersion: s3v4, SignedHeaders=host"
+
+
+def test_short_secret_does_not_garble_what_is_told():
+    hide(["key", "NoSuch"])
+    assert mask("NoSuchKey: the key is gone") == "NoSuchKey: the key is gone"
 
 
 ENDPOINTS = {

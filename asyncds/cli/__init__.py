@@ -53,7 +53,6 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         _commands.main(prog_name="asyncds", standalone_mode=False)
-        sys.stdout.flush()
     except AsyncdsError as error:
         click.echo(f"error: {one_line(str(error))}", err=True)
         sys.exit(error.exit_code)

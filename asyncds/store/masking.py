@@ -19,17 +19,18 @@ _NAMED = re.compile(
 )
 
 
+_SHORTEST = 8  # letters of a secret that is looked for: a shorter one is in many a word
 _hidden: set[str] = set()
 
 
 def hide(secrets: Iterable[str]) -> None:
     """Mask these values, too, under whatever name they turn up: a server may repeat what it was sent."""
-    _hidden.update(secrets)
+    _hidden.update(secret for secret in secrets if len(secret) >= _SHORTEST)
 
 
 def mask(text: str) -> str:
     """Return the text with `***` in place of each value that stands behind a secret's name, or is known for one."""
-    for secret in _hidden:
+    for secret in tuple(_hidden):  # which another thread may add to
         text = text.replace(secret, "***")
     return _NAMED.sub(r"\1***", text)
 

@@ -46,7 +46,7 @@ _BROKEN = (
     OSError,
 )
 _SPEAKS_TLS = "if the server speaks TLS: write https:// in the endpoint, or MINIO_SECURE=true"
-_LONGEST = 200  # of what an answer says
+_LONGEST, _LOOKED_AT = 200, 20_000  # of what an answer says
 _NO_BUCKET = "this cannot be a bucket's name: that has 3 to 63 small letters, digits, dots and hyphens"
 _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
 
@@ -92,7 +92,8 @@ def _unreachable(message: str, hint: str) -> AsyncdsError:
 
 def _said(text: object) -> str:
     """What an answer says, in a line of some words, and without secrets: who answers may be anybody."""
-    letters = (letter if letter.isprintable() else " " for letter in mask(str(text))[:_LONGEST])
+    said = mask(str(text)[:_LOOKED_AT])[:_LONGEST]
+    letters = (letter if letter.isprintable() else " " for letter in said)
     return " ".join("".join(letters).split())
 
 
