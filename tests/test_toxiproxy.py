@@ -118,10 +118,13 @@ SLOW = {
 }
 BROKEN = {
     "reset_peer": {"timeout": 30, "toxicity": 0.5},
-    "timeout": {"timeout": 0, "toxicity": 0.2},  # nothing comes any more
+    "timeout": {"timeout": 0, "toxicity": 0.5},  # nothing comes any more
     "limit_data": {"bytes": 10_000},  # three objects and a part of the fourth, then it is closed
     "limit_data of requests": {"bytes": 1500, "stream": "upstream"},
 }
+# A connection that ends before any answer is taken for one that was closed while it was idle: by the lean lane, and by
+# aiohttp, which asks once more by itself.
+REPEATED_UNSEEN = {("auto", "limit_data of requests"), ("full", "reset_peer")}
 
 
 def epoch(dataset: CachedS3MapDataset) -> list[bytes]:
@@ -151,8 +154,7 @@ def test_connections_that_break_cost_no_sample(proxy, kind, lane):
         assert time.monotonic() - began < ENOUGH_S
         stats = dataset.stats()
     assert stats["gets"] == len(KEYS)
-    # The lean lane takes a connection that ends before any answer for one that was closed while it was idle.
-    assert stats["retries"] > 0 or (lane, kind) == ("auto", "limit_data of requests")
+    assert stats["retries"] > 0 or (lane, kind) in REPEATED_UNSEEN
 
 
 def test_connections_that_are_slow_to_close_hold_nobody_up(proxy):
