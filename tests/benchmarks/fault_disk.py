@@ -238,7 +238,8 @@ def garbage_index_while_open(trial: Trial) -> Outcome:
         trial.open(run)
         trial.read_counted(run)
         index.write_bytes(os.urandom(index.stat().st_size))
-        return worst([trial.read_counted(run), trial.read_counted(run), trial.next_run()])
+        outcomes = [trial.read_counted(run), trial.read_counted(run)]
+    return worst([*outcomes, trial.next_run()])
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ class Origin:
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
+        self._forked = False  # and not known to have ended
 
     def __enter__(self) -> Self:
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -48,13 +49,18 @@ class Origin:
 
     def fork(self, env: dict[str, str], home: Path, files: Sequence[int]) -> int:
         """Start a process with these files as its input, output and errors; return its id."""
+        if self._forked:
+            raise RuntimeError("the process before this one has not ended: there is one at a time")
+        self._forked = True
         socket.send_fds(self._orders, [json.dumps({"env": env, "home": str(home)}).encode()], files)
         return int(self._answer(START_S))
 
     def status(self, seconds: float) -> int | None:
         """How the process ended, or None where it has not in time."""
         with contextlib.suppress(TimeoutError):
-            return int(self._answer(seconds))
+            code = int(self._answer(seconds))
+            self._forked = False
+            return code
         return None
 
     def _answer(self, seconds: float) -> bytes:

@@ -103,6 +103,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=3, help="contenders that run at a time")
     parser.add_argument("--log", type=Path, default=Path(os.devnull), help="file for what the contenders print")
     options = parser.parse_args()
+    if unknown := [name for name in options.contenders.split(",") if name not in CONTENDERS]:
+        parser.error(f"no contender is called {unknown[0]!r}: there are {', '.join(CONTENDERS)}")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.chmod(0o711)
