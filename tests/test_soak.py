@@ -88,14 +88,17 @@ def test_plan_follows_from_its_seed_and_has_all_kinds_in_turn():
 def outcome(kind: str = "network", **found) -> Outcome:
     plain = drawn(random.Random(0), 0, kind, 5)
     options = dict(plain.options) | {"on_error": "raise"}
-    return Outcome(replace(plain, options=options), begun=Counter({PREFIX: 4}), **found)
+    return Outcome(replace(plain, options=options), **{"begun": Counter({PREFIX: 4}), "reads": 9} | found)
 
 
 VIOLATIONS = {
     "samples had wrong bytes": outcome(wrong=1),
     "k: wrong bytes": outcome(mistakes=["k: wrong bytes"]),
     "none of asyncds": outcome(errors=Counter(ValueError=1), untyped=["ValueError: x"]),
-    "nothing but a retry": outcome(errors=Counter(TransferFailed=1)),
+    "1 TransferFailed (because)": outcome(errors=Counter(TransferFailed=1), examples={"TransferFailed": "because"}),
+    "1 AccessDenied": outcome("kills", errors=Counter({"AccessDenied": 1, "torch: a worker was killed": 1})),
+    "1 EndpointUnreachable": outcome("final errors", errors=Counter(EndpointUnreachable=1, ObjectChanged=1)),
+    "nothing was read": outcome(reads=0),
     "asked for 2 times": outcome(beyond=[(PREFIX, 1, 9), (PREFIX, 2, 1)]),
     "asked for 3 times": outcome("kills", kills=Counter(workers=1), beyond=[(PREFIX, 2, 9), (PREFIX, 3, 1)]),
     "asked for 5 times": outcome("no cache", beyond=[(PREFIX, 4, 9), (PREFIX, 5, 1)]),

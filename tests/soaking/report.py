@@ -51,8 +51,11 @@ class Outcome:
         found = list(self.mistakes) + [f"an error that is none of asyncds:\n{text}" for text in self.untyped]
         if self.wrong:
             found.append(f"{self.wrong} samples had wrong bytes")
-        if self.errors and not self.round.may_fail and not self.untyped:
-            found.append(f"errors where nothing but a retry was called for: {dict(self.errors)}")
+        if (others := self.errors.keys() - self.round.may_raise) and not self.untyped:
+            text = ", ".join(f"{self.errors[name]} {name} ({self.examples.get(name)})" for name in sorted(others))
+            found.append(f"errors that no fault of this round calls for: {text}")
+        if self.round.must_read and not self.reads:
+            found.append("nothing was read")
         hedges = HEDGED * self.requests
         for prefix, number, count in self.beyond:
             if number == self.allowed(prefix) + 1 and count <= hedges:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 ROUND_S = 6.0
+WORKER_KILLED = "torch: a worker was killed"
+# Those of the server's menu of final faults; a redirect is a plain StoreError.
+FINAL_ERRORS = {"AccessDenied", "ObjectNotFound", "ObjectChanged", "StoreError"}
 _FAULTY = {"cheap": 0.6, "slow": 0.001, "late": 0.02}
 
 
@@ -36,9 +39,15 @@ class Round:
         return not (self.mangles or self.file_size is not None or limited)
 
     @property
-    def may_fail(self) -> bool:
-        """Whether a sample may be an error: one that the store says is final, or the end of a worker."""
-        return self.kills or self.shares.get("final", 0) > 0
+    def may_raise(self) -> set[str]:
+        """What may come instead of samples: what the store says is final, and the end of a worker."""
+        final = FINAL_ERRORS if self.shares.get("final") else set()
+        return final | ({WORKER_KILLED} if self.kills else set())
+
+    @property
+    def must_read(self) -> bool:
+        """Whether so much time is enough for samples, whatever befalls their readers."""
+        return self.seconds >= ROUND_S / 2
 
 
 VALUES = ("cut a file", "empty a file", "flip a bit of a file", "delete a file", "flip a bit of a row")

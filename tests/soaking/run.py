@@ -28,6 +28,7 @@ _PATIENCE_S = trainer.DEADLINE_S + 15  # beyond the end of a round: for objects 
 _GONE_WITHIN_S = 30.0  # torch's workers look for their parent every five seconds, and the machine may be busy
 _OUTAGE_S = 0.7
 _BE_SUBREAPER = 36  # see prctl(2)
+_NAMES = ("AWS_", "ASYNCDS_", "MINIO_")
 _ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
     "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-soak",
@@ -115,6 +116,8 @@ class Soak:
         ctypes.CDLL(None).prctl(_BE_SUBREAPER, 1, 0, 0, 0)
         with SoakServer(self._seed) as server:
             server.create_bucket(BUCKET)
+            for name in [name for name in os.environ if name.startswith(_NAMES)]:
+                del os.environ[name]  # what the user has set for other purposes
             os.environ |= _ENVIRONMENT | {"AWS_ENDPOINT_URL": server.endpoint, "ASYNCDS_CACHE_DIR": str(self._folder)}
             self._server, self._known = server, set(_children())
             self._steady, self._doomed = self._start("steady process"), self._start("process that is killed")

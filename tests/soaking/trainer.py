@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 from asyncds import CachedS3MapDataset, S3Reader
 from asyncds.errors import AsyncdsError
 from soaking.objects import PER_PREFIX, body, keys
-from soaking.rounds import Round
+from soaking.rounds import WORKER_KILLED, Round
 from soaking.server import BUCKET
 
 TIMEOUT_S, DEADLINE_S = 5.0, 40.0  # a machine that is busy must not look like a stall
@@ -59,7 +59,7 @@ def class_of(error: BaseException) -> str | None:
     if isinstance(error, AsyncdsError):
         return type(error).__name__
     if isinstance(error, RuntimeError) and _OF_TORCH in str(error):
-        return "torch: a worker was killed"
+        return WORKER_KILLED
     return None
 
 
