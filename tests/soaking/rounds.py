@@ -9,7 +9,7 @@ ROUND_S = 6.0
 WORKER_KILLED = "torch: a worker was killed"
 # Those of the server's menu of final faults; a redirect is a plain StoreError.
 FINAL_ERRORS = {"AccessDenied", "ObjectNotFound", "ObjectChanged", "StoreError"}
-_FAULTY = {"cheap": 0.6, "slow": 0.001, "late": 0.02}
+_FAULTY = {"cheap": 0.6, "slow": 0.0004, "late": 0.02}  # a stall holds a batch, and those after it, for five seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,15 +93,15 @@ def drawn(chance: random.Random, number: int, kind: str, seconds: float) -> Roun
     options = {
         "lane": chance.choices(["auto", "full"], [9, 1])[0],
         "verify_md5": md5,
-        "concurrency": chance.choices([16, 64, 256, "auto"], [1, 4, 4, 3])[0],
+        "concurrency": chance.choices([16, 64, 256, "auto"], [1, 4, 4, 1])[0],
         "decode_threads": chance.choice([0, 0, 2]),
         "on_error": chance.choice(["raise", "raise", "replace", "skip"]) if "final" in shares else "raise",
     }
     workers = chance.choice([1, 2]) if own.get("kills") else chance.choice([0, 0, 1, 2])
     loading = {
-        "batch_size": chance.choice([8, 32, 100]),
+        "batch_size": chance.choices([8, 32, 100, 250], [1, 2, 4, 3])[0],
         "num_workers": workers,
-        "reads_ahead": chance.random() < 0.7,
+        "reads_ahead": chance.random() < 0.8,
     }
     if workers:
         # A spawned worker takes seconds to import torch, so that only long rounds are worth its while. One whose
