@@ -539,7 +539,7 @@ def test_epoch_over_a_cache_that_is_only_read(bucket, method):
 
 
 class Frozen:
-    """How many objects the garbage collector leaves alone in the process that transforms; it takes long to count them."""
+    """How many objects the garbage collector leaves alone in the process that transforms; counting takes long."""
 
     def __call__(self, object: S3Reader) -> int:
         return gc.get_freeze_count()

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-ROUND_S = 6.0
+ROUND_S, LONG_ROUND_S = 6.0, 20.0
 WORKER_KILLED = "torch: a worker was killed"
 # Those of the server's menu of final faults; a redirect is a plain StoreError.
 FINAL_ERRORS = {"AccessDenied", "ObjectNotFound", "ObjectChanged", "StoreError"}
@@ -73,10 +73,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def plan(seed: int, seconds: float) -> Iterator[Round]:
-    """Yield rounds of all kinds in turn, from one of them on, for so many seconds together."""
-    chance = random.Random(seed)
-    count = max(2, round(seconds / ROUND_S))
-    names = list(KINDS)
+    """Yield rounds of all kinds in turn, from one of them on, for so many seconds together: longer ones once there
+    is time for each kind twice."""
+    chance, names = random.Random(seed), list(KINDS)
+    count = max(2, round(seconds / min(LONG_ROUND_S, max(ROUND_S, seconds / 2 / len(names)))))
     first = 0 if count < len(names) / 2 else chance.randrange(len(names))
     for number in range(count):
         kind = names[(first + number) % len(names)]
