@@ -548,10 +548,9 @@ class Frozen:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_collector_leaves_alone_what_a_worker_has_inherited_and_only_there(bucket, workers):
     with CachedS3MapDataset.from_prefix(PREFIX, transform=Frozen()) as dataset:
-        cold = torch.cat([*dataset.loader(2, sampler=range(4), num_workers=workers)])
-        warm = torch.cat(
-            [*dataset.loader(2, sampler=range(4), num_workers=workers)]
-        )  # nothing is brought, and no client is made
+        few = {"batch_size": 2, "sampler": range(4), "num_workers": workers}
+        cold = torch.cat([*dataset.loader(**few)])
+        warm = torch.cat([*dataset.loader(**few)])  # nothing is brought, and no client is made
     for counts in (cold, warm):
         assert (counts.min() > 10_000) == (workers > 0)
         assert counts.max() == 0 or workers
