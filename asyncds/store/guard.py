@@ -8,6 +8,7 @@ from typing import Any
 import aiohttp
 
 from asyncds.errors import StoreError
+from asyncds.store.masking import said
 
 __all__ = ["guard"]
 
@@ -53,7 +54,7 @@ def guard(client: Any) -> None:
 
 async def _refuse_redirect(session: object, context: object, request: aiohttp.TraceRequestRedirectParams) -> None:
     place = request.response.headers.get("Location", "")
-    raise StoreError(f"{request.url.host} redirects to {place[:200]!r}: refused; check the endpoint")
+    raise StoreError(f"{request.url.host} redirects to {said(place)!r}: refused; check the endpoint")
 
 
 async def _make_readable(session: object, context: object, end: aiohttp.TraceRequestEndParams) -> None:

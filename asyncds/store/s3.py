@@ -30,7 +30,7 @@ from asyncds.store.connection import Connection
 from asyncds.store.guard import guard
 from asyncds.store.integrity import HowVerified, can_verify, compare_md5
 from asyncds.store.lean import Credentials, LeanLane, Why
-from asyncds.store.masking import hide, mask_logs
+from asyncds.store.masking import hide, mask_logs, said
 from asyncds.store.pages import read_pages_first
 from asyncds.store.translate import has_expired, status_error, translate
 from asyncds.store.wire import Answer, Body, BrokenConnection, Pace
@@ -485,7 +485,7 @@ def _same_version(info: ObjectInfo, etag: str | None) -> None:
     if etag is None:
         raise TransferFailed(f"{info.uri}: the answer has no ETag: it does not come from S3")
     if info.etag is not None and etag != info.etag:
-        raise ObjectChanged(f"{info.uri}: its ETag is {etag}, not {info.etag}")
+        raise ObjectChanged(f"{info.uri}: its ETag is {said(etag)}, not {info.etag}")
 
 
 def _refusal(answer: Answer, info: ObjectInfo) -> AsyncdsError:
@@ -499,7 +499,7 @@ def _whole_size(content_range: str, part: slice, info: ObjectInfo) -> int:
     if not content_range:
         raise NoParts(f"{info.uri}: the store sends whole objects only")
     if span != f"{part.start}-{part.stop - 1}" or not _SIZE.fullmatch(size):
-        raise TransferFailed(f"{info.uri}: another part arrived than was asked for ({content_range[:80]})")
+        raise TransferFailed(f"{info.uri}: another part arrived than was asked for ({said(content_range)})")
     return int(size)
 
 
@@ -584,4 +584,5 @@ def _refuse_wrong_region(response: Any, request_dict: dict[str, Any], **_: Any) 
     told = error.get("Region") or parsed.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
     ours = request_dict.get("context", {}).get("signing", {}).get("region")
     if answer.status_code in (301, 400) and told and told != ours:
+        told = said(told)
         raise ConfigurationError(f"region {ours!r} is wrong: the endpoint expects {told!r}; set AWS_REGION={told}")
