@@ -1,5 +1,6 @@
 """What a client of aiobotocore may not do: follow redirects, trust any host's name, read answers without end."""
 
+import asyncio
 import inspect
 import ssl
 from functools import partial
@@ -10,6 +11,7 @@ from botocore.httpsession import get_cert_path
 
 from asyncds.errors import StoreError
 from asyncds.store.masking import said
+from asyncds.store.wire import BrokenConnection, Pace
 
 __all__ = ["guard"]
 
@@ -36,7 +38,8 @@ def guard(client: Any) -> None:
     verify = getattr(http_session, "_verify", True)
     trace = aiohttp.TraceConfig()
     trace.on_request_redirect.append(_refuse_redirect)
-    trace.on_request_end.append(_make_readable)
+    timeout: float = client.meta.config.read_timeout
+    trace.on_request_end.append(partial(_make_readable, timeout))
     trace.freeze()
 
     async def guarded(proxy: str | None) -> aiohttp.ClientSession:
@@ -76,10 +79,10 @@ def _forgotten(response: Any, *names: str) -> bool:
     return not any(name in response.headers for name in names)
 
 
-async def _make_readable(session: object, context: object, end: aiohttp.TraceRequestEndParams) -> None:
+async def _make_readable(timeout: float, session: object, context: object, end: aiohttp.TraceRequestEndParams) -> None:
     """Rewrite headers that are no UTF-8, as ISO 8859-1 (RFC 9110, 5.5), and bound what is read as a whole."""
     response: Any = end.response
-    response.read = partial(_read_document, response)
+    response.read = partial(_read_document, response, timeout)
     headers = getattr(response, "_raw_headers", None)  # the property without the underscore keeps what it once gave
     if headers is None:
         response.close()
@@ -90,13 +93,17 @@ async def _make_readable(session: object, context: object, end: aiohttp.TraceReq
         response._raw_headers = tuple((name, value.decode("latin-1").encode()) for name, value in headers)
 
 
-async def _read_document(response: Any) -> bytes:
-    """Read an answer that is no object, in place of aiohttp, which reads whatever comes."""
+async def _read_document(response: Any, timeout: float) -> bytes:
+    """Read an answer that is no object, in place of aiohttp, which reads whatever comes, however slowly."""
     if response._body is None:
-        pieces = bytearray()
+        pieces, pace, now = bytearray(), Pace(timeout), asyncio.get_running_loop().time
+        pace.begin(now())
         try:
             async for piece in response.content.iter_any():
                 pieces += piece
+                pace.came(len(piece), now())
+                if fault := pace.fault(now()):
+                    raise BrokenConnection(fault)
                 if len(pieces) > _LONGEST_DOCUMENT:
                     limit = f"{_LONGEST_DOCUMENT >> 20} MiB"
                     raise StoreError(f"{response.host} answers with more than {limit}; check that it is an S3 server")

@@ -52,13 +52,19 @@ _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.C
 
 def translate(error: Exception, what: str, hint: str = "", where: str = "this endpoint") -> AsyncdsError:
     """Return the error to raise; `what` names the object, listing or bucket, `hint` whose keys were sent, and `where`
-    the endpoint."""
+    the endpoint. What the answer says is masked in `error`, too, which will be the cause of the other."""
     inner = getattr(error, "kwargs", {}).get("error")
     for known in (error, inner):
         if isinstance(known, AsyncdsError):
             return known if what in str(known) or type(known) is not StoreError else StoreError(f"{what}: {known}")
     if isinstance(error, boto.ClientError):
-        return _of_response(error.response, what, hint, where)
+        translated = _of_response(error.response, what, hint, where)
+        error.args = (said(error),)
+        error.response = error.response | {
+            "Error": {name: said(value) for name, value in error.response.get("Error", {}).items()},
+            "ResponseMetadata": {"HTTPStatusCode": error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")},
+        }
+        return translated
     if any(sign in f"{error} {_reason(error)}" for sign in ("WRONG_VERSION_NUMBER", "RECORD_LAYER")):
         remedy = "write http:// in the endpoint, or MINIO_SECURE=false"
         return ConfigurationError(f"{what}: the server speaks plain http, not TLS; {remedy}")
