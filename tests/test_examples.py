@@ -419,6 +419,12 @@ def test_the_notebook_shows_what_its_cells_print(stand_in, tmp_path):
     assert len(shown) > 3
 
 
+def test_the_page_shows_a_sample_as_the_notebook_does():
+    (shown,) = re.findall(r"^```text\n(.*?)^```$", console.PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    printed = console.printed(console.NOTEBOOK.read_text())
+    assert shown.splitlines() in [[line.rstrip() for line in text.rstrip().splitlines()] for text in printed]
+
+
 # what is not installed
 
 
