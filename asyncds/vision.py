@@ -1,6 +1,7 @@
 """Images from objects: the one transform that nearly everyone needs."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import IO, Any, Literal, cast
 
 from asyncds.errors import ConfigurationError
@@ -27,6 +28,8 @@ class ImageTransform:
     ) -> None:
         if as_ not in ("pil", "numpy"):
             raise ConfigurationError(f"as_={as_!r}: must be 'pil' or 'numpy'")
+        if find_spec("PIL") is None:
+            raise ConfigurationError("ImageTransform needs pillow: pip install 'asyncds[vision]'")
         self._transform = transform
         self._mode = mode
         self._as = "numpy" if _is_albumentation(transform) else as_

@@ -236,10 +236,12 @@ def _confirm(chosen: "list[Held]") -> None:
 
     if not sys.stdin.isatty():
         raise ConfigurationError("nobody can be asked here: give --yes to clear")
-    for held in chosen[:_SHOWN]:
+    full = [held for held in chosen if held.objects]  # an endpoint that is mistyped leaves one without any
+    for held in full[:_SHOWN]:
         click.echo(f"{one_line(held.name)}: {held.objects:,} objects, {decimal(held.bytes)}")
-    if len(chosen) > _SHOWN:
-        click.echo(f"… and {len(chosen) - _SHOWN:,} more")
+    for count, kind in ((len(full) - _SHOWN, "more"), (len(chosen) - len(full), "without objects")):
+        if count > 0:
+            click.echo(f"… and {count:,} {kind}")
     if not click.confirm("Remove?"):
         raise SystemExit(1)
 

@@ -1,6 +1,7 @@
 """What commands have in common: a cache that is there already, and machine-readable output."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,7 +87,8 @@ def opened(place: Path | None, *, mend: bool = False) -> "Iterator[Cache]":
             "--cache-dir; the first run or `asyncds warm` makes one"
         )
     database = place / "asyncds" / "objects" / DATABASE
-    if not mend and database.exists() and not is_trustworthy(database, read_only=settings.cache_read_only):
+    read_only = settings.cache_read_only or not os.access(database.parent, os.W_OK)
+    if not mend and database.exists() and not is_trustworthy(database, read_only=read_only):
         raise CacheError(
             f"{database}: the index is damaged; `asyncds verify --fix` sets it aside, and the cache begins anew"
         )

@@ -36,8 +36,8 @@ def verify(cache_dir: Path | None, fix: bool, as_json: bool) -> None:
         from rich.filesize import decimal
 
         _report(problems)
-        mended = "mended, " if problems and not left else ""
-        click.echo(f"{cache.directory}: {mended}{entries:,} entries, {decimal(size)}")
+        state = "" if left else "mended, " if problems else "nothing wrong, "
+        click.echo(f"{cache.directory}: {state}{entries:,} entries, {decimal(size)}")
     if left:
         raise SystemExit(1)
 

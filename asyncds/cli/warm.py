@@ -153,7 +153,6 @@ def _warmed(source: "Source", selection: "Selection", uri: str, quiet: bool) -> 
     if len(report.failures) > _FAILURES_SHOWN:
         click.echo(f"error: … and {len(report.failures) - _FAILURES_SHOWN:,} more", err=True)
     if report.uncached:
-        click.echo(
-            f"error: {report.uncached:,} objects do not fit: raise ASYNCDS_CACHE_SIZE or free the disk", err=True
-        )
+        remedy = "raise ASYNCDS_CACHE_SIZE, free the disk, or choose a folder that can be written"
+        click.echo(f"error: {report.uncached:,} objects could not be kept: {remedy}", err=True)
     return report._asdict(), int(bool(report.failures or report.uncached))

@@ -47,6 +47,10 @@ _BROKEN = (
 )
 _SPEAKS_TLS = "if the server speaks TLS: write https:// in the endpoint, or MINIO_SECURE=true"
 _NO_BUCKET = "this cannot be a bucket's name: that has 3 to 63 small letters, digits, dots and hyphens"
+_SET_KEYS = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; or, without AWS_ENDPOINT_URL, MINIO_URL and its "
+    "keys, in the environment or in the .env file of this folder"
+)
 _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
 
 
@@ -82,7 +86,7 @@ def translate(error: Exception, what: str, hint: str = "", where: str = "this en
         failed = TransferFailed(f"{what}: the transfer broke ({type(error).__name__})")
         return failed.because(_SPEAKS_TLS) if _may_be_tls(error, what, where) else failed
     if isinstance(error, _NO_CREDENTIALS):
-        return AccessDenied(f"{what}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+        return AccessDenied(f"{what}: no credentials; {_SET_KEYS}")
     if isinstance(error, boto.ParamValidationError) and "bucket name" in str(error):
         return ConfigurationError(f"{what}: {_NO_BUCKET}")
     if isinstance(error, boto.BotoCoreError):
@@ -134,6 +138,9 @@ def status_error(
         return ObjectChanged(f"{what}: the object changed")
     if code == "NoSuchKey" or status == 404:
         return ObjectNotFound(f"{what}: the object does not exist")
+    if status == 501:
+        error = StoreError(f"{told}{f' ({message})' if message else ''} from {where}")
+        return error.because("the server cannot do what is asked, perhaps because it is too old: update it")
     if status in (408, 429) or status >= 500 or code in ("RequestTimeout", "SlowDown", "InternalError"):
         failed = TransferFailed(told).because("lower ASYNCDS_CONCURRENCY, or try again later")
         failed.retry_after = _seconds(retry_after)
