@@ -43,6 +43,7 @@ BATCH = 4
 THERE = 2 * BATCH  # objects that a stalled store still gives: those of the first two batches
 PROMISED_S = 5.0
 ENOUGH_S = 20
+FORKED = {"collate_fn": list, "multiprocessing_context": "fork"}
 READ = methodcaller("read")
 
 
@@ -219,6 +220,7 @@ from torch.utils.data import DataLoader, _utils
 
 from asyncds import CachedS3MapDataset
 
+gc.freeze()  # or it takes a second of a processor to look through all of torch as the process ends
 asked = json.loads(sys.argv[1])
 if asked["pinned"] and not torch.accelerator.is_available():  # torch's thread that pins, with nothing to pin for
     torch.accelerator.is_available = lambda: True
@@ -248,7 +250,8 @@ def wait(iterator):
     # For a batch that never comes, or in the body of the loop.
     if asked["stalled"]:
         next(iterator)
-    threading.Event().wait()
+    while True:  # Python does not notice a signal that comes just before it blocks
+        time.sleep(0.01)
 
 def leave(dataset, way):
     # Returns when it was left, and with nothing of the loop.
@@ -423,6 +426,32 @@ def test_leaving_in_any_way_is_quick_and_silent_and_leaves_nothing(bucket, case)
     check_leaving(bucket, case)
 
 
+def interrupted(file) -> bytes:
+    os.kill(os.getpid(), signal.SIGINT)
+    return file.read()
+
+
+def test_interrupt_that_reaches_workers_is_left_to_the_training_process(bucket):
+    """Else it may come while a worker holds the lock of torch's event, and the training process waits for ever."""
+    with CachedS3MapDataset.from_prefix(PREFIX, transform=interrupted) as dataset:
+        loader = DataLoader(dataset, batch_size=BATCH, num_workers=2, **FORKED)
+        assert [*itertools.chain.from_iterable(loader)] == EXPECTED
+
+
+def ignore_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def ignores_interrupts(file) -> bool:
+    return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_what_a_worker_does_when_interrupted_stays_as_somebody_has_set_it(bucket):
+    with CachedS3MapDataset.from_prefix(PREFIX, transform=ignores_interrupts) as dataset:
+        loader = DataLoader(dataset, batch_size=BATCH, num_workers=1, worker_init_fn=ignore_interrupts, **FORKED)
+        assert all(itertools.chain.from_iterable(loader))
+
+
 LEAVES_A_THREAD_BEHIND = """
 import contextlib, sys, threading
 from asyncds import CachedS3MapDataset
@@ -586,9 +615,6 @@ def seconds_to_leave(loader: DataLoader, taken: int = 0, ready: Callable[[], boo
     del iterator
     assert not any(map(runs, pids))
     return time.monotonic() - left
-
-
-FORKED = {"collate_fn": list, "multiprocessing_context": "fork"}
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.thorough)])
