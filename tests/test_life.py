@@ -1,5 +1,7 @@
 """Life and death: forks beside a live runtime, and every way to leave a loop or process with objects under way."""
 
+import _weakrefset
+import asyncio
 import contextlib
 import gc
 import hashlib
@@ -18,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from operator import methodcaller
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from asyncds import CachedS3MapDataset, Settings, fetcher, listing, locks, portal, source
 from asyncds.cache import Cache
 from asyncds.errors import DatasetClosed
+from asyncds.portal import Portal
 from asyncds.stats import Counters
 from asyncds.testing import Fault, S3Server
 
@@ -450,6 +454,57 @@ def test_what_a_worker_does_when_interrupted_stays_as_somebody_has_set_it(bucket
     with CachedS3MapDataset.from_prefix(PREFIX, transform=ignores_interrupts) as dataset:
         loader = DataLoader(dataset, batch_size=BATCH, num_workers=1, worker_init_fn=ignore_interrupts, **FORKED)
         assert all(itertools.chain.from_iterable(loader))
+
+
+class InterruptedAt:
+    """Interrupts this thread at the n-th of the moments at which it enters a function of Python's, goes on to its next
+    line, or leaves it."""
+
+    def __init__(self, moment: int) -> None:
+        self.left = moment
+
+    def __enter__(self) -> "InterruptedAt":
+        self._before = sys.gettrace()
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _enter(self, frame, event: str, argument: object):
+        if frame.f_code is Portal.call.__code__ or frame.f_code.co_filename in (__file__, _weakrefset.__file__):
+            return None  # before there is anything to interrupt, or where Python swallows it
+        return self._count(frame, event, argument)
+
+    def _count(self, frame, event: str, argument: object):
+        if event != "exception":
+            self.left -= 1
+        if self.left == -1:
+            self.left -= 1
+            raise KeyboardInterrupt
+        return self._count
+
+
+async def slow() -> int:
+    await asyncio.sleep(0.01)
+    return 1
+
+
+def test_interrupt_at_any_moment_of_a_call_leaves_the_loop_running(monkeypatch):
+    """The interrupt of a thread that has just taken a lock, or is about to let go of it, leaves it taken."""
+    monkeypatch.setattr(portal, "SECONDS_BETWEEN_CHECKS", 0.003)
+    user, moment, called = Portal.enter(), 0, None
+    try:
+        while called is None:
+            with contextlib.closing(slow()) as work, contextlib.suppress(KeyboardInterrupt), InterruptedAt(moment):
+                called = user.call(work)
+            answers = SimpleQueue()
+            user.post(answers.put, moment)
+            assert answers.get(timeout=ENOUGH_S) == moment
+            moment += 1
+    finally:
+        user.leave()
+    assert moment > 20
 
 
 LEAVES_A_THREAD_BEHIND = """
