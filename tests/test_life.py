@@ -507,6 +507,20 @@ def test_interrupt_at_any_moment_of_a_call_leaves_the_loop_running(monkeypatch):
     assert moment > 20
 
 
+class Interrupting:
+    """A portal whose loop somebody looks for when the interrupt comes."""
+
+    @property
+    def alive(self) -> bool:
+        raise KeyboardInterrupt
+
+
+def test_interrupt_of_a_thread_that_waits_for_an_object_is_told_alone():
+    with pytest.raises(KeyboardInterrupt) as caught:
+        source.Arrivals(Interrupting()).take(0)
+    assert caught.value.__context__ is sys.exc_info()[1], "none but what pytest-xdist may be handling itself"
+
+
 LEAVES_A_THREAD_BEHIND = """
 import contextlib, sys, threading
 from asyncds import CachedS3MapDataset
