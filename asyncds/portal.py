@@ -5,8 +5,9 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Coroutine, Hashable
-from concurrent.futures import CancelledError, Future, wait
-from typing import Any, TypeVar
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar
 
 import uvloop
 
@@ -17,6 +18,7 @@ __all__ = ["Portal"]
 
 T = TypeVar("T")
 _PATIENCE_S = 5.0
+_CLOSED = "the dataset was closed while something was under way"
 
 _current: "Portal | None" = None
 _guard = threading.Lock()
@@ -32,6 +34,7 @@ class Portal:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self._users = 0
+        self._ended = False
         self._shared: dict[Hashable, Any] = {}
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="asyncds-portal", daemon=True)
@@ -74,7 +77,8 @@ class Portal:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        """Whether the loop runs, in this process. `Thread.is_alive`, if interrupted, may take a thread for ended."""
+        return not self._ended and self.pid == os.getpid()
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine on the loop, and return a future of its result."""
@@ -94,37 +98,78 @@ class Portal:
         if self.is_current:
             coroutine.close()
             raise ConfigurationError("a callback that runs during listing or fetching must not read a dataset itself")
-        ended = threading.Event()
-        future = self.start(_telling(coroutine, ended))
+        under_way = _Call(coroutine)
         try:
-            while not wait([future], SECONDS_BETWEEN_CHECKS).done:
-                insist_on_a_loader()
-            return future.result()
-        except CancelledError:
-            raise DatasetClosed("the dataset was closed while something was under way") from None
+            self.post(under_way.begin)
+            task = self._outcome(under_way.ended)
         except BaseException:
-            future.cancel()
-            ended.wait(_PATIENCE_S)
+            self._abandon(under_way)
             raise
+        try:
+            return task.result()
+        except asyncio.CancelledError:
+            raise DatasetClosed(_CLOSED) from None
+
+    def _outcome(self, ended: "SimpleQueue[asyncio.Task[T]]") -> "asyncio.Task[T]":
+        while True:
+            with contextlib.suppress(Empty):
+                return ended.get(timeout=SECONDS_BETWEEN_CHECKS)
+            if not self.alive and ended.empty():
+                raise DatasetClosed(_CLOSED)
+            insist_on_a_loader()
+
+    def _abandon(self, under_way: "_Call[Any]") -> None:
+        if self.alive:
+            self.post(under_way.cancel)
+            with contextlib.suppress(Empty):
+                under_way.ended.get(timeout=_PATIENCE_S)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_forever()
         finally:
+            self._finish()
+
+    def _finish(self) -> None:
+        try:
             tasks = asyncio.all_tasks(self._loop)
             for task in tasks:
                 task.cancel()
             self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
+        finally:
+            self._ended = True
 
 
-async def _telling(coroutine: Coroutine[Any, Any, T], ended: threading.Event) -> T:
-    try:
-        return await coroutine
-    finally:
-        ended.set()
+class _Call(Generic[T]):
+    """A coroutine that a thread waits for; the methods are called on the loop.
+
+    The queue is all that both threads have in common. A future, a condition or an event is left locked by an interrupt
+    that comes just after its lock was taken, or just before it is let go of: the loop would wait for it for ever.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T]) -> None:
+        self.ended: SimpleQueue[asyncio.Task[T]] = SimpleQueue()
+        self._coroutine = coroutine
+        self._task: asyncio.Task[T] | None = None
+
+    def begin(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._coroutine)
+        self._task.add_done_callback(self._tell)
+
+    def cancel(self) -> None:
+        if self._task is None:  # the interrupt came before
+            self.begin()
+        assert self._task is not None
+        self._task.cancel()
+        self._task.add_done_callback(self._tell)  # once more, for it may have been taken out already
+
+    def _tell(self, task: "asyncio.Task[T]") -> None:
+        if not task.cancelled():
+            task.exception()  # or asyncio complains where nobody asks for it any more
+        self.ended.put(task)
 
 
 def _forget_in_child() -> None:

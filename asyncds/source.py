@@ -79,13 +79,14 @@ class Arrivals:
 
     def _wait(self, position: int) -> Fetched | BaseException | None:
         while position not in self._early:
+            place = None
             try:
                 place, result = self._queue.get(timeout=SECONDS_BETWEEN_CHECKS)
-            except Empty:
-                if not self._portal.alive:
-                    raise DatasetClosed("the dataset was closed while a batch was under way") from None
-            else:
                 self._early[place] = result
+            except Empty:  # nothing is done in here: an interrupt would be told together with this
+                pass
+            if place is None and not self._portal.alive:
+                raise DatasetClosed("the dataset was closed while a batch was under way")
             if time.monotonic() > self._next_check:
                 insist_on_a_loader()
                 self._next_check = time.monotonic() + SECONDS_BETWEEN_CHECKS

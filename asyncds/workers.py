@@ -3,7 +3,9 @@
 import gc
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from multiprocessing import util
 from multiprocessing.synchronize import Event
 from typing import Any
@@ -45,6 +47,7 @@ def settle_in() -> None:
         _settled, _parent = os.getpid(), os.getppid()
         if is_worker():
             util.Finalize(None, _leave_no_orphan, exitpriority=_BEFORE_QUEUES)
+            _leave_interrupts_to_the_parent()
         spare_the_collector()
 
 
@@ -69,6 +72,20 @@ def _is_orphan() -> bool:
     if parent is None:
         return False
     return (_settled == os.getpid() and _parent != os.getppid()) or not parent.is_alive()
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    """Ctrl-C reaches workers, too. Amid torch's loop it leaves locks taken: that of the queue, which the worker then
+    waits for as it ends, until it is killed; or that of the event which ends workers, which all of them wait for then,
+    and the training process for ever. That one is interrupted as well, and tells its workers when it leaves its loop.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _pass)  # not SIG_IGN, which programs that a transform starts would inherit
+
+
+def _pass(*_: object) -> None:
+    pass
 
 
 def _leave_no_orphan() -> None:

@@ -1,5 +1,7 @@
 """Life and death: forks beside a live runtime, and every way to leave a loop or process with objects under way."""
 
+import _weakrefset
+import asyncio
 import contextlib
 import gc
 import hashlib
@@ -18,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from operator import methodcaller
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from asyncds import CachedS3MapDataset, Settings, fetcher, listing, locks, portal, source
 from asyncds.cache import Cache
 from asyncds.errors import DatasetClosed
+from asyncds.portal import Portal
 from asyncds.stats import Counters
 from asyncds.testing import Fault, S3Server
 
@@ -43,6 +47,7 @@ BATCH = 4
 THERE = 2 * BATCH  # objects that a stalled store still gives: those of the first two batches
 PROMISED_S = 5.0
 ENOUGH_S = 20
+FORKED = {"collate_fn": list, "multiprocessing_context": "fork"}
 READ = methodcaller("read")
 
 
@@ -219,6 +224,7 @@ from torch.utils.data import DataLoader, _utils
 
 from asyncds import CachedS3MapDataset
 
+gc.freeze()  # or it takes a second of a processor to look through all of torch as the process ends
 asked = json.loads(sys.argv[1])
 if asked["pinned"] and not torch.accelerator.is_available():  # torch's thread that pins, with nothing to pin for
     torch.accelerator.is_available = lambda: True
@@ -248,7 +254,8 @@ def wait(iterator):
     # For a batch that never comes, or in the body of the loop.
     if asked["stalled"]:
         next(iterator)
-    threading.Event().wait()
+    while True:  # Python does not notice a signal that comes just before it blocks
+        time.sleep(0.01)
 
 def leave(dataset, way):
     # Returns when it was left, and with nothing of the loop.
@@ -423,6 +430,97 @@ def test_leaving_in_any_way_is_quick_and_silent_and_leaves_nothing(bucket, case)
     check_leaving(bucket, case)
 
 
+def interrupted(file) -> bytes:
+    os.kill(os.getpid(), signal.SIGINT)
+    return file.read()
+
+
+def test_interrupt_that_reaches_workers_is_left_to_the_training_process(bucket):
+    """Else it may come while a worker holds the lock of torch's event, and the training process waits for ever."""
+    with CachedS3MapDataset.from_prefix(PREFIX, transform=interrupted) as dataset:
+        loader = DataLoader(dataset, batch_size=BATCH, num_workers=2, **FORKED)
+        assert [*itertools.chain.from_iterable(loader)] == EXPECTED
+
+
+def ignore_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def ignores_interrupts(file) -> bool:
+    return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_what_a_worker_does_when_interrupted_stays_as_somebody_has_set_it(bucket):
+    with CachedS3MapDataset.from_prefix(PREFIX, transform=ignores_interrupts) as dataset:
+        loader = DataLoader(dataset, batch_size=BATCH, num_workers=1, worker_init_fn=ignore_interrupts, **FORKED)
+        assert all(itertools.chain.from_iterable(loader))
+
+
+class InterruptedAt:
+    """Interrupts this thread at the n-th of the moments at which it enters a function of Python's, goes on to its next
+    line, or leaves it."""
+
+    def __init__(self, moment: int) -> None:
+        self.left = moment
+
+    def __enter__(self) -> "InterruptedAt":
+        self._before = sys.gettrace()
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _enter(self, frame, event: str, argument: object):
+        if frame.f_code is Portal.call.__code__ or frame.f_code.co_filename in (__file__, _weakrefset.__file__):
+            return None  # before there is anything to interrupt, or where Python swallows it
+        return self._count(frame, event, argument)
+
+    def _count(self, frame, event: str, argument: object):
+        if event != "exception":
+            self.left -= 1
+        if self.left == -1:
+            self.left -= 1
+            raise KeyboardInterrupt
+        return self._count
+
+
+async def slow() -> int:
+    await asyncio.sleep(0.01)
+    return 1
+
+
+def test_interrupt_at_any_moment_of_a_call_leaves_the_loop_running(monkeypatch):
+    """The interrupt of a thread that has just taken a lock, or is about to let go of it, leaves it taken."""
+    monkeypatch.setattr(portal, "SECONDS_BETWEEN_CHECKS", 0.003)
+    user, moment, called = Portal.enter(), 0, None
+    try:
+        while called is None:
+            with contextlib.closing(slow()) as work, contextlib.suppress(KeyboardInterrupt), InterruptedAt(moment):
+                called = user.call(work)
+            answers = SimpleQueue()
+            user.post(answers.put, moment)
+            assert answers.get(timeout=ENOUGH_S) == moment
+            moment += 1
+    finally:
+        user.leave()
+    assert moment > 20
+
+
+class Interrupting:
+    """A portal whose loop somebody looks for when the interrupt comes."""
+
+    @property
+    def alive(self) -> bool:
+        raise KeyboardInterrupt
+
+
+def test_interrupt_of_a_thread_that_waits_for_an_object_is_told_alone():
+    with pytest.raises(KeyboardInterrupt) as caught:
+        source.Arrivals(Interrupting()).take(0)
+    assert caught.value.__context__ is sys.exc_info()[1], "none but what pytest-xdist may be handling itself"
+
+
 LEAVES_A_THREAD_BEHIND = """
 import contextlib, sys, threading
 from asyncds import CachedS3MapDataset
@@ -586,9 +684,6 @@ def seconds_to_leave(loader: DataLoader, taken: int = 0, ready: Callable[[], boo
     del iterator
     assert not any(map(runs, pids))
     return time.monotonic() - left
-
-
-FORKED = {"collate_fn": list, "multiprocessing_context": "fork"}
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.thorough)])

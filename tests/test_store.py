@@ -635,15 +635,24 @@ SURVIVED = {
 async def test_passing_fault_costs_retries_and_no_byte(s3, fault, lane):
     steps = SURVIVED[fault]
     stalls = any(step.ending == "stall" for step in steps)
-    async with asyncio.timeout(15), fetching(s3.endpoint, timeout=0.3 if stalls else 5) as fetcher:
-        await warm(fetcher, s3, lane)
-        info = put(s3)
-        s3.script("mnist", "k", steps)
+    for timeout in (0.3, 4) if stalls else (5,):
+        told = await survive(s3, steps, lane, timeout)
+        if told <= len(steps):  # or the machine was so busy that a good answer took longer than 0.3 s
+            break
+    assert len(steps) + 2 <= s3.stats.gets["mnist", "k"] + (1 if fault == "no length" else 0) <= 2 * len(steps) + 2
+    assert told <= len(steps)
+
+
+async def survive(server, steps, lane, timeout):
+    """How many retries it takes to get an object that is faulty so many times."""
+    async with asyncio.timeout(15), fetching(server.endpoint, timeout=timeout) as fetcher:
+        await warm(fetcher, server, lane)
+        info = put(server)
+        server.script("mnist", "k", steps)
         assert await fetcher.get(info) == (info, BODY)
         again = await fetcher.get(info)
         assert again.body == BODY
-    assert len(steps) + 2 <= s3.stats.gets["mnist", "k"] + (1 if fault == "no length" else 0) <= 2 * len(steps) + 2
-    assert len(fetcher.told) <= len(steps)
+        return len(fetcher.told)
 
 
 @LANES
