@@ -850,14 +850,15 @@ def test_empty_folder_is_not_the_current_one(bucket, command):
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_cache_that_cannot_be_mended_now_says_so(bucket, tmp_path):
+def test_cache_that_cannot_be_mended_now_says_so(bucket, monkeypatch):
+    monkeypatch.setattr("asyncds.index._PATIENCE_MS", 200)
     assert call("warm", "s3://mnist/train/", "--quiet")[0] == 0
     objects = Settings().cache_dir / "asyncds" / "objects"
     with sqlite3.connect(objects / "cache.db") as index:
         index.execute("UPDATE Settings SET value = 1 WHERE key = 'count'")
     holder = sqlite3.connect(objects / "cache.db", isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
-    code, _, errors = run("verify", "--fix")
+    code, _, errors = call("verify", "--fix")
     holder.rollback()
     holder.close()
     assert code == 1
