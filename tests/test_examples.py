@@ -390,12 +390,11 @@ def test_an_example_is_short_and_says_what_it_is_for(script):
 # bad input
 
 NOBODY_ANSWERS = rf"(error: .*no connection to|no server answers at) {NOBODY}.*(check that|start) "
-OF_SEVERAL = ("train_ddp.py", "train_lightning.py")  # what they start outlives them, in a process that goes on
-OF_ONE = [path for path in SCRIPTS if path.name not in OF_SEVERAL]
-FOUND = [pytest.param(name, marks=pytest.mark.thorough if name in LONG else ()) for name in OF_SEVERAL]
+STARTING = ("aioboto3_session.py", "train_ddp.py", "train_lightning.py")  # workers or threads, before they ask a server
+FOUND = [pytest.param(name, marks=pytest.mark.thorough if name in LONG else ()) for name in STARTING]
 
 
-@pytest.mark.parametrize("script", OF_ONE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.name not in STARTING], ids=lambda path: path.stem)
 def test_an_example_without_a_server_ends_with_a_sentence(script, tmp_path, sentence_of):
     skip_without(script.name)
     variables = console.prepared(tmp_path, console.Server(f"http://{NOBODY}", "key", "secret"))
@@ -403,7 +402,7 @@ def test_an_example_without_a_server_ends_with_a_sentence(script, tmp_path, sent
 
 
 @pytest.mark.parametrize("script", FOUND)
-def test_an_example_of_several_processes_without_a_server_does_so_too(script, tmp_path, start):
+def test_an_example_that_starts_something_without_a_server_does_so_too(script, tmp_path, start):
     skip_without(script)
     variables = console.prepared(tmp_path, console.Server(f"http://{NOBODY}", "key", "secret"))
     variables |= {"ASYNCDS_FIRST_CONTACT": "0.5"}
