@@ -66,11 +66,14 @@ class Express:
     memory has room; what comes first counts, and ends the other.
     """
 
-    __slots__ = ("_began", "_downloader", "_drop", "_failure", "_second", "held", "known", "over", "spent", "task")
+    __slots__ = (
+        *("_began", "_downloader", "_drop", "_failure", "_second", "_until"),
+        *("held", "known", "over", "spent", "task"),
+    )
 
     def __init__(self, downloader: "Downloader", info: ObjectInfo) -> None:
         self._downloader = downloader
-        self._began = 0.0
+        self._began = self._until = 0.0
         self._drop: Drop | None = None  # while the first request is under way
         self._second: asyncio.Task[tuple[ObjectInfo, bytes]] | None = None
         self._failure: First | None = None  # of the first request, while the second is under way
@@ -98,7 +101,8 @@ class Express:
         if downloader.memory.take_now(size):
             self.held, self._began = size, asyncio.get_running_loop().time()
             with contextlib.suppress(Exception):  # `whole` will run into the same, and explain it
-                self._drop = downloader.ask(self, self._began + size / _SLOWEST - self.spent)
+                self._until = self._began + downloader.deadline + size / _SLOWEST - self.spent
+                self._drop = downloader.ask(self, self._until)
             if self._drop is not None:
                 return True
             self.release()
@@ -139,7 +143,7 @@ class Express:
         """Use a slot for a second request, or leave it: it never waits for memory while the first one holds some."""
         if self.over or self._drop is None or not self._downloader.memory.take_now(self.known.size or 0):
             return False
-        self._second = self.task = asyncio.create_task(self._downloader.once_more(self.known, no_bound))
+        self._second = self.task = asyncio.create_task(self._downloader.in_time(self.known, self._until))
         self._second.add_done_callback(self._second_over)
         return True
 
@@ -202,6 +206,7 @@ class Downloader:
         self._store = store
         self._retry = retry
         self.slots = slots
+        self.deadline = retry.deadline
         self._count = self._bytes = 0
         self._ask: Callable[[ObjectInfo, Express, float], Drop | None] | None = None
         if stands_for(store, "ask", "get"):
@@ -222,10 +227,10 @@ class Downloader:
             self.slots.offer(1, object.depart)
 
     def ask(self, object: Express, until: float) -> Drop | None:
-        """Ask for it at once, if that can be done; it has the deadline from `until` on."""
+        """Ask for it at once, if that can be done; what is not there at `until` is broken."""
         if self._ask is None:
             return None
-        drop = self._ask(object.known, object, until + self._retry.deadline)
+        drop = self._ask(object.known, object, until)
         if drop is not None:
             self.hedging.begin(object, object.known.size)
         return drop
@@ -333,6 +338,11 @@ class Downloader:
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
             watched.give_back()
+
+    async def in_time(self, info: ObjectInfo, until: float) -> tuple[ObjectInfo, bytes]:
+        """As `once_more`, until the object's deadline, by the clock of the loop."""
+        async with asyncio.timeout_at(until):
+            return await self.once_more(info, no_bound)
 
     async def once_more(self, info: ObjectInfo, reserve: Reserve) -> tuple[ObjectInfo, bytes]:
         """Make the second request for what is late."""

@@ -9,11 +9,15 @@ import asyncio
 import os
 import sys
 
-import aioboto3
 from dotenv import load_dotenv
 from torchvision.transforms import ToTensor
 
 from asyncds import AsyncdsError, CachedS3MapDataset, ImageTransform
+
+try:
+    import aioboto3
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: pip install 'asyncds[vision,aioboto3]'")
 
 NEEDED = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 

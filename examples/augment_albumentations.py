@@ -8,11 +8,15 @@ import sys
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or importing it asks the internet for a newer one
 
-import albumentations
 import torch
-from albumentations.pytorch import ToTensorV2
 
 from asyncds import AsyncdsError, CachedS3MapDataset, ImageTransform
+
+try:
+    import albumentations
+    from albumentations.pytorch import ToTensorV2
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: pip install albumentations")
 
 
 def main() -> None:

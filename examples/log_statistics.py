@@ -9,10 +9,14 @@ import sys
 import time
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
 
 from asyncds import AsyncdsError, CachedS3MapDataset, ImageTransform
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: pip install tensorboard")
 
 
 def read(epochs: int, workers: int, folder: str) -> None:

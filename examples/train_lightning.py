@@ -7,11 +7,15 @@ import sys
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torchvision.transforms import ToTensor
 
 from asyncds import AsyncdsError, CachedS3MapDataset, ImageTransform
+
+try:
+    from lightning.pytorch import LightningModule, Trainer
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: pip install lightning")
 
 
 def load(part: str) -> CachedS3MapDataset:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import torch
 from minio import Minio
+from minio.error import MinioException
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
@@ -27,7 +28,7 @@ def connect() -> Minio:
         place = Connection.resolve(settings := Settings())
     url = urlsplit(place.endpoint or "https://s3.amazonaws.com")
     if settings.minio_url not in (None, url.netloc):
-        raise ConfigurationError(f"MINIO_URL is {settings.minio_url}, and AWS_ENDPOINT_URL is another: keep one")
+        raise ConfigurationError(f"MINIO_URL is {settings.minio_url}, but AWS_* variables mean {url.netloc}: keep one")
     keys = place.access_key, place.secret_key, place.session_token
     return Minio(url.netloc, *keys, secure=url.scheme == "https", region=place.region or "us-east-1")
 
@@ -38,9 +39,8 @@ def upload(client: Minio) -> None:
     pictures, labels = load_digits(return_X_y=True)
     for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
         Image.fromarray((picture.reshape(8, 8) * 15).astype("uint8")).save(file := BytesIO(), "PNG")
-        size, part = file.tell(), "train" if number % 5 else "test"
-        file.seek(0)
-        client.put_object("mnist", f"{part}/{label}/{number:04}.png", file, size)
+        key = f"{'train' if number % 5 else 'test'}/{label}/{number:04}.png"
+        client.put_object("mnist", key, BytesIO(file.getvalue()), file.tell())
     print(f"uploaded {len(labels):,} pictures", flush=True)
 
 
@@ -75,5 +75,5 @@ def main(epochs: int = 3) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except AsyncdsError as error:
+    except (AsyncdsError, MinioException) as error:  # the latter, where these keys may not write
         sys.exit(f"error: {error}")

@@ -146,7 +146,7 @@ def child() -> Iterator[Callable[..., BaseProcess]]:
         process.start()
         started.append(process)
         if wait:
-            process.join(30)
+            process.join(50)
             assert process.exitcode == 0
         return process
 

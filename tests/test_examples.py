@@ -418,7 +418,7 @@ def test_an_example_that_starts_something_without_a_server_does_so_too(script, t
 def test_servers_that_differ_are_told(tmp_path, sentence_of):
     variables = console.prepared(tmp_path, console.Server(f"http://{NOBODY}", "key", "secret"))
     found = sentence_of(EXAMPLES / "tutorial.py", variables | {"MINIO_URL": "localhost:9000"})
-    assert found == "error: MINIO_URL is localhost:9000, and AWS_ENDPOINT_URL is another: keep one"
+    assert found == f"error: MINIO_URL is localhost:9000, but AWS_* variables mean {NOBODY}: keep one"
 
 
 @pytest.mark.parametrize("script", ["tutorial.py", "warm_then_train.py", "async_fetch.py", "imagenet.py"])
@@ -460,3 +460,28 @@ def test_the_notebook_shows_what_its_cells_print(stand_in, tmp_path):
     shown = console.printed(console.NOTEBOOK.read_text())
     assert [console.shape(text) for text in console.printed(done.stdout)] == [console.shape(text) for text in shown]
     assert len(shown) > 3
+
+
+def test_the_page_shows_a_sample_as_the_notebook_does():
+    (shown,) = re.findall(r"^```text\n(.*?)^```$", console.PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    printed = console.printed(console.NOTEBOOK.read_text())
+    assert shown.splitlines() in [[line.rstrip() for line in text.rstrip().splitlines()] for text in printed]
+
+
+# what is not installed
+
+
+@pytest.mark.parametrize(
+    ("script", "module", "remedy"),
+    [
+        ("aioboto3_session.py", "aioboto3", "pip install 'asyncds[vision,aioboto3]'"),
+        ("augment_albumentations.py", "albumentations", "pip install albumentations"),
+        ("log_statistics.py", "torch.utils.tensorboard", "pip install tensorboard"),
+        ("train_lightning.py", "lightning.pytorch", "pip install lightning"),
+    ],
+)
+def test_an_example_without_its_library_says_how_to_get_it(script, module, remedy, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not there
+    with patch.dict(os.environ), pytest.raises(SystemExit) as left:
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    assert re.fullmatch(f".*{module}.*: {re.escape(remedy)}", str(left.value.code))

@@ -202,6 +202,27 @@ def test_drip_is_given_up_and_asked_for_again(bucket, lane):
         assert dataset.stats()["retries"] == 1
 
 
+def test_each_retry_takes_another_connection(bucket, lane):
+    with opened() as dataset:
+        assert dataset.__getitems__(range(3)) == BODIES[:3]
+        bucket.script("mnist", KEYS[7], [Fault.status(503)] * 3)
+        before = bucket.stats.connections_total
+        assert dataset[7] == BODIES[7]
+        assert bucket.stats.connections_total == before + 3
+
+
+@pytest.mark.lean
+def test_bucket_whose_answers_are_odd_every_other_time_costs_one_request_for_each_soon(bucket):
+    """What the lean lane does not understand is asked for twice: for a while, not for ever."""
+    with S3Server() as odd:
+        infos = odd.derive("mnist", 300, SIZE, prefix="x/") or [f"x/{number:03}" for number in range(300)]
+        for key in infos[::2]:
+            odd.script("mnist", key, [Fault.chunked(700)], forever=True)
+        with opened(endpoint=odd.endpoint, concurrency=4) as dataset:
+            assert len(dataset.__getitems__(range(300))) == 300
+        assert 300 < odd.stats.requests["GET"] < 330
+
+
 def test_store_that_says_when_to_ask_again_is_not_asked_before(bucket, lane):
     bucket.script("mnist", KEYS[3], [Fault.slow_down(retry_after=1)])
     with opened() as dataset:
@@ -495,6 +516,13 @@ def test_listing_without_end_is_refused_and_nothing_of_it_is_kept(bucket, mispri
     bucket.clear_scripts()
     with opened() as dataset:
         assert len(dataset) == 100
+
+
+def test_page_that_drips_is_given_up_and_asked_for_again(bucket):
+    bucket.script("mnist", None, [Fault.dripping(1, 0.1)], operation="LIST")  # the whole of it would take an hour
+    with opened(timeout=1, deadline=300) as dataset:
+        assert len(dataset) == len(KEYS)
+    assert bucket.stats.requests["LIST"] == 2
 
 
 def test_page_that_fails_is_asked_for_again_or_leaves_no_table(monkeypatch, bucket):

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+from operator import methodcaller
 
 import pytest
 
 from asyncds import CachedS3MapDataset, Fetcher, ObjectInfo
 from asyncds import hedging as module
+from asyncds.errors import DeadlineExceeded
 from asyncds.hedging import Hedging, either
 from asyncds.testing import Fault
 
@@ -301,6 +303,52 @@ async def test_stalls_that_take_all_slots_end_with_their_attempts(stocked, lane,
             assert len([body async for _, body in fetcher.fetch(asked)]) == len(infos)
         counts = stocked.stats.gets
         assert all(counts["mnist", info.key] in (2, 3) for info in chosen)
+
+
+@pytest.mark.parametrize("lane", ["auto", "full"])
+async def test_two_answers_that_drip_end_with_the_deadline_of_the_object(stocked, lane, monkeypatch):
+    monkeypatch.setattr(module, "_FACTOR", 0.0)
+    stocked.put("mnist", "train/150", bytes(40_000))
+    async with practised(stocked, lane=lane, timeout=1.0, deadline=3.0) as (fetcher, infos):
+        # Fast enough for an attempt to go on, and a hundred seconds in all.
+        stocked.script("mnist", "train/150", [Fault.dripping(100, 0.25, after=100)], forever=True)
+        async with asyncio.timeout(20):
+            with pytest.raises(DeadlineExceeded, match="s3://mnist/train/150"):
+                await fetcher.get(infos[50])
+        assert stocked.stats.gets["mnist", "train/150"] == 2
+
+
+@pytest.mark.parametrize("lane", ["auto", "full"])
+async def test_one_answer_that_drips_ends_with_the_deadline_of_the_object(stocked, lane):
+    stocked.put("mnist", "train/150", bytes(40_000))
+    async with practised(stocked, lane=lane, timeout=1.0, deadline=2.0, hedging=False) as (fetcher, infos):
+        stocked.script("mnist", "train/150", [Fault.dripping(100, 0.25, after=100)], forever=True)
+        async with asyncio.timeout(20):
+            with pytest.raises(DeadlineExceeded, match="s3://mnist/train/150"):
+                await fetcher.get(infos[50])
+        assert stocked.stats.gets["mnist", "train/150"] == 1
+
+
+def test_one_in_a_hundred_that_never_answers_holds_up_no_batch_and_costs_one_request_each(s3_process):
+    """What is late is asked for once more, and nothing else is: not where all is well either."""
+    objects = 600
+    bodies = {f"train/{number:03}": number.to_bytes(2, "big") * 400 for number in range(objects)}
+    s3_process.put_many("mnist", bodies)
+    s3_process.latency = 0.1  # four times that is late, and a machine that is busy is not
+    options = {"transform": methodcaller("read"), "concurrency": 64, **PATIENCE}
+    with CachedS3MapDataset.from_prefix("s3://mnist/train/", **options) as dataset:
+        rows = iter(dataset.loader(20, collate_fn=list))
+        found = [sample for _ in range(10) for sample in next(rows)]
+        usual = dataset.stats()["hedges"]
+        asked = s3_process.stats.requests["GET"]
+        late = [key for key in [*bodies][450::25] if not s3_process.stats.gets["mnist", key]]
+        for key in late:
+            s3_process.script("mnist", key, [Fault.stall()])
+        found += [sample for batch in rows for sample in batch]
+        assert found == [*bodies.values()]
+        assert (usual, dataset.stats()["hedges"], dataset.stats()["retries"]) == (0, len(late), 0)
+    assert len(late) >= 4, f"{asked} had been asked for"
+    assert s3_process.stats.requests["GET"] == objects + len(late) <= 1.02 * objects
 
 
 async def test_late_object_that_comes_first_is_not_kept_waiting_by_a_queue(stocked, monkeypatch):

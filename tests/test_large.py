@@ -200,8 +200,11 @@ async def test_any_store_may_send_parts(tmp_path, known):
 
 
 class Whole(FakeStore):
+    parts = 0
+
     async def get(self, info, reserve=None, part=None):
         if part is not None:
+            self.parts += 1
             raise NoParts("whole objects only")
         return await super().get(info, reserve)
 
@@ -215,6 +218,14 @@ async def test_store_that_cannot_is_asked_for_the_whole(tmp_path, known):
         await fetcher.start(info).settled
     assert len(cache) == (1 if known else 2)
     assert cache.check() == {}
+
+
+async def test_store_that_cannot_is_asked_for_parts_of_one_object_only(tmp_path):
+    store, cache = Whole({("b", key): BODY for key in "xyz"}), Cache(tmp_path)
+    async with fetching(store, cache) as fetcher:
+        for key in "xyz":
+            assert (await fetcher.get(store.info("b", key))).body == BODY
+    assert store.parts <= -(-SIZE // PART)
 
 
 class Wrong(FakeStore):

@@ -6,6 +6,9 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import pytest
 
@@ -17,6 +20,7 @@ from asyncds.testing import Fault, S3Server
 pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+    pytest.mark.usefixtures("fork_server"),
 ]
 COUNT = 400
 KEYS = [f"train/{number:04}" for number in range(COUNT)]
@@ -31,6 +35,21 @@ def bucket(s3_process: S3Server) -> S3Server:
     s3_process.put_many("mnist", {key: body(key) for key in KEYS})
     s3_process.reset_counts()
     return s3_process
+
+
+@pytest.fixture
+def alone(child) -> Callable[..., BaseProcess]:
+    """As `child(..., wait=False)`, in a process that has nothing of this one but its environment."""
+
+    def start(function: Callable[..., object], *arguments: Any) -> BaseProcess:
+        return child("forkserver", run, dict(os.environ), function, *arguments, wait=False)
+
+    return start
+
+
+def run(environment, function, *arguments):
+    os.environ |= environment  # the fork server has that of its start
+    function(*arguments)
 
 
 # locks
@@ -146,10 +165,10 @@ def read_everything(seed, barrier):
 
 
 @pytest.mark.parametrize("same_order", [pytest.param(True, marks=pytest.mark.thorough), False])
-def test_four_processes_that_start_at_once_download_each_object_once(bucket, child, same_order):
-    barrier = multiprocessing.get_context("spawn").Barrier(4)
+def test_four_processes_that_start_at_once_download_each_object_once(bucket, alone, same_order):
+    barrier = multiprocessing.get_context("forkserver").Barrier(4)
     seeds = [0] * 4 if same_order else range(4)
-    processes = [child("spawn", read_everything, seed, barrier, wait=False) for seed in seeds]
+    processes = [alone(read_everything, seed, barrier) for seed in seeds]
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
@@ -172,10 +191,10 @@ def wait_for_gets(bucket, count):
         pass
 
 
-def test_those_who_wait_for_a_process_that_dies_go_on_within_a_second(bucket, child):
+def test_those_who_wait_for_a_process_that_dies_go_on_within_a_second(bucket, alone):
     bucket.script("mnist", KEYS[0], [Fault.stall()])
     _, theirs = multiprocessing.Pipe()
-    holder = child("spawn", read_some, KEYS[:1], 60.0, theirs, wait=False)
+    holder = alone(read_some, KEYS[:1], 60.0, theirs)
     wait_for_gets(bucket, 1)
     with CachedS3MapDataset.from_objects([f"s3://mnist/{KEYS[0]}"], transform=S3Reader.read) as dataset:
         arrivals = dataset._parts[0].source.request([*dataset.manifest])
@@ -187,10 +206,10 @@ def test_those_who_wait_for_a_process_that_dies_go_on_within_a_second(bucket, ch
     assert bucket.stats.requests["GET"] == 2
 
 
-def test_those_who_wait_for_a_process_that_stands_still_bring_the_object_themselves(bucket, child):
+def test_those_who_wait_for_a_process_that_stands_still_bring_the_object_themselves(bucket, alone):
     bucket.script("mnist", KEYS[0], [Fault.stall()])
     _, theirs = multiprocessing.Pipe()
-    holder = child("spawn", read_some, KEYS[:1], 60.0, theirs, wait=False)
+    holder = alone(read_some, KEYS[:1], 60.0, theirs)
     wait_for_gets(bucket, 1)
     os.kill(holder.pid, signal.SIGSTOP)
     with CachedS3MapDataset.from_objects([f"s3://mnist/{KEYS[0]}"], transform=S3Reader.read, deadline=4.0) as dataset:
@@ -252,11 +271,11 @@ def test_room_is_made_from_the_dataset_that_was_used_least_recently(three, s3_pr
     assert [read_all(three, name, s3_process) for name in "ac"] == [0, 0]
 
 
-def test_room_is_never_made_from_a_dataset_that_a_living_process_holds(three, s3_process, child):
+def test_room_is_never_made_from_a_dataset_that_a_living_process_holds(three, s3_process, alone):
     assert [read_all(three, name, s3_process) for name in "ab"] == [20, 20]
     pipes = [multiprocessing.Pipe() for _ in "ab"]
     for name, (ours, theirs) in zip("ab", pipes, strict=True):
-        child("spawn", hold_open, name, theirs, wait=False)
+        alone(hold_open, name, theirs)
         assert ours.recv() == "held"
     with pytest.warns(UserWarning, match="is full"):
         read_all(three, "c", s3_process)
@@ -265,10 +284,10 @@ def test_room_is_never_made_from_a_dataset_that_a_living_process_holds(three, s3
     assert [read_all(three, name, s3_process) for name in "ab"] == [0, 0]
 
 
-def test_room_is_made_from_a_dataset_whose_process_was_killed(three, s3_process, child):
+def test_room_is_made_from_a_dataset_whose_process_was_killed(three, s3_process, alone):
     assert [read_all(three, name, s3_process) for name in "ab"] == [20, 20]
     ours, theirs = multiprocessing.Pipe()
-    process = child("spawn", hold_open, "b", theirs, wait=False)
+    process = alone(hold_open, "b", theirs)
     assert ours.recv() == "held"
     os.kill(process.pid, signal.SIGKILL)
     process.join()

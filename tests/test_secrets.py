@@ -21,7 +21,7 @@ import pytest
 import trustme
 from torch.utils.data import DataLoader
 
-from asyncds import CachedS3MapDataset, Connection, Fetcher, Retry, S3Store, Settings
+from asyncds import CachedS3MapDataset, Connection, Fetcher, ObjectInfo, Retry, S3Store, Settings
 from asyncds.cli import main
 from asyncds.errors import AsyncdsError
 from asyncds.store.masking import hide, mask, mask_logs
@@ -229,6 +229,10 @@ REPEATED = (
     f"{CANARIES['AWS_SESSION_TOKEN']}\nerror: forged {'x' * 100_000}</Message><CanonicalRequest>"
     f"GET\n/\n\nx-amz-security-token:{CANARIES['AWS_SESSION_TOKEN']}\n</CanonicalRequest></Error>"
 ).encode()
+TOKEN = CANARIES["AWS_SESSION_TOKEN"]
+ELSEWHERE = f"http://127.0.0.1:9/?X-Amz-Security-Token={quote(TOKEN, safe='')}&X-Amz-Signature=0123456789abcdef"
+WRONG_REGION = f"<Error><Code>AuthorizationHeaderMalformed</Code><Region>{TOKEN}</Region></Error>".encode()
+QUOTED = f"<Error><Code>AccessDenied</Code><Message>you sent {quote(TOKEN, safe='')}</Message></Error>".encode()
 FAULTS = {
     "403": Fault.status(403),
     "403 that repeats what was signed": Fault.status(403, body=REPEATED),
@@ -239,10 +243,16 @@ FAULTS = {
     "stall": Fault.stall(),
     "redirect": Fault.status(307, headers={"Location": "http://127.0.0.1:9/"}),
     "another ETag": Fault.etag('"another"'),
+    "403 that repeats the token as in a URL": Fault.status(403, body=QUOTED),
+    "500 that repeats the token for a code": Fault.status(500, TOKEN),
+    "redirect that repeats the token": Fault.status(307, headers={"Location": ELSEWHERE}),
+    "region that repeats the token": Fault.status(400, body=WRONG_REGION),
+    "ETag that repeats the token": Fault.etag(f'"{TOKEN}"'),
 }
 
 
-OF_THE_FULL_LANE = ["403 that repeats what was signed", "500", "redirect"]  # the lean one leaves most others to it
+# The lean lane leaves most others to it.
+OF_THE_FULL_LANE = ["403 that repeats what was signed", "500", "redirect", "ETag that repeats the token"]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +262,7 @@ OF_THE_FULL_LANE = ["403 that repeats what was signed", "500", "redirect"]  # th
 )
 def test_errors_of_objects_and_listings(outputs, store, lane, fault):
     options = {"transform": read, "lane": lane, "session_factory": session_with_secrets} | IMPATIENT
-    if FAULTS[fault].replacement == REPEATED:
+    if "repeats" in fault:
         del options["session_factory"]  # what is repeated is the token of the environment
     with CachedS3MapDataset.from_prefix("s3://mnist/train/", **options) as dataset:
         assert len(dataset[0]) == 500
@@ -260,7 +270,7 @@ def test_errors_of_objects_and_listings(outputs, store, lane, fault):
         with pytest.raises(AsyncdsError) as raised:
             dataset[1]
         outputs.add_error("error", raised.value)
-    if fault in ("another ETag", "stall"):  # a listing has no ETag, and a stall takes its time
+    if "ETag" in fault or fault == "stall":  # a listing has no ETag, and a stall takes its time
         return
     store.script("mnist", None, [FAULTS[fault]], operation="LIST", forever=True)
     with CachedS3MapDataset.from_prefix("s3://mnist/", **options) as dataset:
@@ -269,6 +279,22 @@ def test_errors_of_objects_and_listings(outputs, store, lane, fault):
         outputs.add_error("error of a listing", raised.value)
         assert len(str(raised.value).splitlines()) == 1
         assert len(str(raised.value)) < 1000
+
+
+@LANES
+async def test_error_of_one_attempt_and_its_cause(outputs, store, lane):
+    key = ObjectInfo("mnist", KEYS[0])
+    connection, retry = Connection.resolve(Settings()), Retry(0, 5, 5)
+    made = S3Store(connection, concurrency=1, timeout=5, retry=retry, lean=lane == "auto")
+    await made.get(key)
+    for fault in (Fault.status(403, body=REPEATED), Fault.status(403, body=QUOTED), Fault.redirect(ELSEWHERE)):
+        store.script("mnist", None, [fault], forever=True)
+        with pytest.raises(AsyncdsError) as raised:
+            await made.get(key)
+        outputs.add_error("error", raised.value)
+        assert raised.value.__cause__ is not None
+        outputs.add_error("cause", raised.value.__cause__)
+    await made.aclose()
 
 
 def test_error_out_of_a_worker(outputs, store):

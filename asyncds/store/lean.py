@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import ssl
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -30,7 +29,8 @@ request is learnt; the request is none that can be repeated; or the answer is on
 
 _NOT_REPEATED = {"authorization", "x-amz-date", "x-amz-security-token", "if-match", "range", "host"}
 _TO_BE_UNDERSTOOD = (0, 200, 206)
-_PATIENCE = 8  # answers in a row that were not understood: two requests for each object are no way to go on
+# Answers that were not understood, less a quarter for each that was: two requests for an object are no way to go on.
+_PATIENCE, _FORGIVEN = 8.0, 0.25
 _ALGORITHM = "AWS4-HMAC-SHA256"
 
 
@@ -184,7 +184,7 @@ class LeanLane:
     def __init__(self, *, timeout: float, tls: Callable[[], ssl.SSLContext]) -> None:
         self._timeout = timeout
         self._tls = tls
-        self._misunderstood: Counter[str] = Counter()
+        self._misunderstood: dict[str, float] = {}
         self._templates: dict[str, Template | None] = {}  # None for one that cannot be repeated
         self._pools: dict[tuple[str, int], Pool] = {}
         self._stamp = (0, "")
@@ -202,7 +202,7 @@ class LeanLane:
 
     def knows(self, bucket: str) -> bool:
         """Whether a request for an object of this bucket can be made here."""
-        return self._templates.get(bucket) is not None and self._misunderstood[bucket] < _PATIENCE
+        return self._templates.get(bucket) is not None and self._misunderstood.get(bucket, 0.0) < _PATIENCE
 
     def why_not(self, bucket: str) -> Why:
         """What keeps objects of this bucket on the full lane."""
@@ -258,9 +258,10 @@ class LeanLane:
             if matches:
                 answer = answer._replace(checked=True)
         if answer.whole:
-            self._misunderstood.pop(bucket, None)
+            if bucket in self._misunderstood:
+                self._misunderstood[bucket] = max(0.0, self._misunderstood[bucket] - _FORGIVEN)
         elif answer.status in _TO_BE_UNDERSTOOD and length_of(answer.headers) is None:  # or another object has come
-            self._misunderstood[bucket] += 1
+            self._misunderstood[bucket] = self._misunderstood.get(bucket, 0.0) + 1
         return answer
 
     async def aclose(self) -> None:

@@ -3,8 +3,9 @@
 import logging
 import re
 from collections.abc import Iterable
+from urllib.parse import quote
 
-__all__ = ["hide", "mask", "mask_logs"]
+__all__ = ["hide", "mask", "mask_logs", "said"]
 
 _MODULES = "auth", "awsrequest", "client", "credentials", "endpoint", "httpsession", "parsers", "utils"
 _LOGGERS = [f"{package}.{module}" for package in ("botocore", "aiobotocore") for module in _MODULES]
@@ -20,12 +21,15 @@ _NAMED = re.compile(
 
 
 _SHORTEST = 8  # letters of a secret that is looked for: a shorter one is in many a word
+_LONGEST, _LOOKED_AT = 200, 20_000  # letters of what an answer says
 _hidden: set[str] = set()
 
 
 def hide(secrets: Iterable[str]) -> None:
     """Mask these values, too, under whatever name they turn up: a server may repeat what it was sent."""
-    _hidden.update(secret for secret in secrets if len(secret) >= _SHORTEST)
+    for secret in secrets:
+        if len(secret) >= _SHORTEST:
+            _hidden.update((secret, quote(secret), quote(secret, safe="")))
 
 
 def mask(text: str) -> str:
@@ -33,6 +37,13 @@ def mask(text: str) -> str:
     for secret in tuple(_hidden):  # which another thread may add to
         text = text.replace(secret, "***")
     return _NAMED.sub(r"\1***", text)
+
+
+def said(text: object) -> str:
+    """What an answer says, in a line of some words, and without secrets: who answers may be anybody."""
+    short = mask(str(text)[:_LOOKED_AT])[:_LONGEST]
+    letters = (letter if letter.isprintable() else " " for letter in short)
+    return " ".join("".join(letters).split())
 
 
 def _mask_record(record: logging.LogRecord) -> bool:

@@ -1,18 +1,18 @@
 """S3 and what speaks its language, through aiobotocore: the only code that sends requests."""
 
 import asyncio
+import itertools
 import logging
 import re
 import ssl
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from botocore.httpsession import get_cert_path
-from botocore.loaders import create_loader
 from botocore.utils import get_environ_proxies
 
 from asyncds.errors import (
@@ -21,17 +21,17 @@ from asyncds.errors import (
     ConfigurationError,
     ObjectChanged,
     ObjectNotFound,
+    StoreError,
     TransferFailed,
 )
 from asyncds.manifest import ObjectInfo, normalise_etag
 from asyncds.retry import Retry
 from asyncds.store.base import Drop, NoParts, Outcome, Page, Reserve, failed, no_bound
+from asyncds.store.clients import Clients, has_foreign_handlers
 from asyncds.store.connection import Connection
-from asyncds.store.guard import guard
 from asyncds.store.integrity import HowVerified, can_verify, compare_md5
 from asyncds.store.lean import Credentials, LeanLane, Why
-from asyncds.store.masking import hide, mask_logs
-from asyncds.store.pages import read_pages_first
+from asyncds.store.masking import hide, said
 from asyncds.store.translate import has_expired, status_error, translate
 from asyncds.store.wire import Answer, Body, BrokenConnection, Pace
 
@@ -41,23 +41,9 @@ _log = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 _FRESH_S, _STALE_S = 1.0, 60.0
 _SIZE = re.compile("[0-9]{1,18}")
+_REGION = re.compile("[a-z0-9-]{1,63}")
 _ENCRYPTION = "x-amz-server-side-encryption", "x-amz-server-side-encryption-customer-algorithm"
 _ENCRYPTION_BYTES = tuple(name.encode() for name in _ENCRYPTION)
-_BOTOCORES = {"botocore", "aiobotocore", "boto3", "aioboto3"}
-_EVENTS = [
-    "provide-client-params",
-    "before-parameter-build",
-    "before-endpoint-resolution",
-    "before-call",
-    "request-created",
-    "choose-signer",
-    "before-sign",
-    "before-send",
-    "response-received",
-    "before-parse",
-    "needs-retry",
-    "after-call",
-]
 _now_fetching: ContextVar[ObjectInfo | None] = ContextVar("_now_fetching", default=None)
 _token_sent: ContextVar[str | None] = ContextVar("_token_sent", default=None)
 
@@ -97,9 +83,8 @@ class S3Store:
         self._timeout = timeout
         self._retry = retry
         self._session_factory = session_factory
-        self._opening = asyncio.Lock()
+        self._clients: Clients | None = None
         self._client: Any = None
-        self._context: Any = None
         self._lane: LeanLane | None = None
         self._learning: dict[str, asyncio.Event] = {}
         self._fresh: tuple[Credentials | None, float] | None = None
@@ -136,11 +121,10 @@ class S3Store:
     async def page(self, bucket: str, prefix: str, *, after: str = "", token: str | None = None) -> Page:
         """Return one page of the listing, which begins behind this key, or where the page before said."""
         what = f"listing s3://{bucket}/{prefix}"
-        client = await self._opened(what)
         arguments = {"Bucket": bucket, "Prefix": prefix}
         if token is not None or after:
             arguments |= {"StartAfter": after} if token is None else {"ContinuationToken": token}
-        page = await self._retry(partial(self._page, client, arguments, what), what)
+        page = await self._retry(partial(self._page, arguments, what, itertools.count()), what)
         entries = page.get("Contents", ())
         objects = [ObjectInfo(bucket, e["Key"], e["Size"], normalise_etag(e.get("ETag"))) for e in entries]
         token = page.get("NextContinuationToken") if page.get("IsTruncated") else None
@@ -151,21 +135,20 @@ class S3Store:
     async def folders(self, bucket: str, prefix: str) -> Sequence[str]:
         """Return up to 1,000 of the common prefixes up to the next slash."""
         what = f"listing s3://{bucket}/{prefix}"
-        client = await self._opened(what)
         arguments = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
-        page = await self._retry(partial(self._page, client, arguments, what), what)
+        page = await self._retry(partial(self._page, arguments, what, itertools.count()), what)
         return [common["Prefix"] for common in page.get("CommonPrefixes", ())]
 
     async def get(
         self, info: ObjectInfo, reserve: Reserve = no_bound, part: slice | None = None
     ) -> tuple[ObjectInfo, bytes]:
-        """Make one attempt to read the object; see `ObjectStore.get`."""
+        """Make one attempt to read the object; see `ObjectStore.get`, also for what it raises."""
         return await self._get(info, reserve, part, fresh=False)
 
     async def again(
         self, info: ObjectInfo, reserve: Reserve = no_bound, part: slice | None = None
     ) -> tuple[ObjectInfo, bytes]:
-        """As `get`, where another attempt has failed or is late: on the lean lane over a new connection."""
+        """As `get`, where another attempt has failed or is late: over a new connection."""
         return await self._get(info, reserve, part, fresh=True)
 
     async def _get(
@@ -177,7 +160,7 @@ class S3Store:
         if self._lane is not None and self._lane.knows(info.bucket):
             answer = await self._lean(self._lane, info, reserve, part, fresh=fresh)
             return answer or await self._full(info, reserve, part, "answer")
-        return await self._full(info, reserve, part, self._why_full(info.bucket))
+        return await self._full(info, reserve, part, self._why_full(info.bucket), fresh=fresh)
 
     def ask(self, info: ObjectInfo, outcome: Outcome, until: float) -> Drop | None:
         """Make one attempt to read an object of known size without a task, if that can be done at once.
@@ -202,14 +185,14 @@ class S3Store:
 
     async def aclose(self) -> None:
         """Close all connections. The store can be used again after that, also on another loop."""
-        context, lane, self._client, self._context, self._lane = self._context, self._lane, None, None, None
-        self._loop = self._fresh = None
+        clients, lane = self._clients, self._lane
+        self._loop = self._clients = self._client = self._lane = self._fresh = None
         if self._renewing is not None:
             self._renewing.cancel()
         if lane is not None:
             await lane.aclose()
-        if context is not None:
-            await context.__aexit__(None, None, None)
+        if clients is not None:
+            await clients.aclose()
 
     # the two lanes
 
@@ -278,7 +261,10 @@ class S3Store:
         else:
             outcome.otherwise(partial(self._full, info, no_bound, None, "answer"))
 
-    async def _full(self, info: ObjectInfo, reserve: Reserve, part: slice | None, why: Why) -> tuple[ObjectInfo, bytes]:
+    async def _full(
+        self, info: ObjectInfo, reserve: Reserve, part: slice | None, why: Why, *, fresh: bool = False
+    ) -> tuple[ObjectInfo, bytes]:
+        client = await self._client_of(info.uri, anew=fresh)
         arguments = {"Bucket": info.bucket, "Key": info.key}
         if info.etag is not None:
             arguments["IfMatch"] = f'"{info.etag}"'
@@ -287,7 +273,7 @@ class S3Store:
         reset = _now_fetching.set(info)
         try:
             async with asyncio.timeout(2 * self._timeout):  # to connect, and to answer: a head may drip, too
-                answer = await self._client.get_object(**arguments)
+                answer = await client.get_object(**arguments)
             stream = answer["Body"]
             async with stream:  # from here on, whatever it is: else its connection is held until it is collected
                 served = normalise_etag(answer.get("ETag"))
@@ -324,7 +310,11 @@ class S3Store:
             reserve(int(size))
         body, pace, now = Body(int(size)), Pace(self._timeout), asyncio.get_running_loop().time
         pace.begin(now())
-        while body.missing >= 0 and (chunk := await stream.read(min(body.missing + 1, _CHUNK))):
+        while body.missing >= 0:
+            async with asyncio.timeout(self._timeout):  # of which the bytes around a chunk are no part
+                chunk = await stream.read(min(body.missing + 1, _CHUNK))
+            if not chunk:
+                break
             body.append(chunk)
             pace.came(len(chunk), now())
             if body.missing > 0 and (fault := pace.fault(now())):
@@ -398,7 +388,9 @@ class S3Store:
 
     # the client
 
-    async def _page(self, client: Any, arguments: dict[str, str], what: str, _clock: object) -> Any:
+    async def _page(self, arguments: dict[str, str], what: str, numbers: Iterator[int], _clock: object) -> Any:
+        await self._opened(what)
+        client = await self._client_of(what, anew=next(numbers) > 0)
         try:
             page = await self._asked(client.list_objects_v2, arguments, what)
         except ObjectNotFound:  # a 404 that does not say NoSuchBucket
@@ -418,74 +410,45 @@ class S3Store:
     async def _opened(self, what: str) -> Any:
         if self._loop is not asyncio.get_running_loop():  # another process's, after a fork, or another life
             self._loop = asyncio.get_running_loop()
-            self._opening, self._learning = asyncio.Lock(), {}
-            self._client = self._context = self._lane = self._fresh = self._renewing = None
+            self._learning = {}
+            self._client = self._lane = self._fresh = self._renewing = None
+            self._clients = Clients(
+                self.connection,
+                concurrency=self._concurrency,
+                connect_timeout=min(self._timeout, self._retry.first_contact),
+                read_timeout=self._timeout,
+                session_factory=self._session_factory,
+                prepare=self._prepare,
+            )
         if self._client is None:
-            async with self._opening:
-                if self._client is None:
-                    try:
-                        await self._open()
-                    except Exception as error:
-                        raise self._explained(error, what) from error
+            client = await self._client_of(what)
+            if self._client is None:
+                self._lane = _lean_lane(client, self._timeout) if self._may_be_lean else None
+                self._client = client
         return self._client
 
-    async def _open(self) -> None:
-        mask_logs()
-        session = self._session()
-        make = getattr(session, "create_client", None) or session.client
-        context = make("s3", **self._client_arguments(session))
-        client = await context.__aenter__()
-        self._context = context
-        guard(client)
-        self._lane = _lean_lane(client, self._timeout) if self._may_be_lean else None
-        client.meta.events.register("before-send.s3.GetObject", self._learn)
-        client.meta.events.register("before-send.s3", _note_token)
-        client.meta.events.register("needs-retry.s3", self._renew_what_has_expired)
-        read_pages_first(client.meta.events)
+    async def _client_of(self, what: str, *, anew: bool = False) -> Any:
+        assert self._clients is not None
+        try:
+            return await self._clients.client(anew=anew)
+        except Exception as error:
+            raise self._explained(error, what) from error
+
+    def _prepare(self, client: Any) -> None:
+        events = client.meta.events
+        events.register("before-send.s3.GetObject", self._learn)
+        events.register("before-send.s3", _note_token)
+        events.register("needs-retry.s3", self._renew_what_has_expired)
         if self.connection.endpoint is not None:
-            client.meta.events.register_first("needs-retry.s3", _refuse_wrong_region)
-        self._client = client
-
-    def _session(self) -> Any:
-        if self._session_factory is not None:
-            return self._session_factory()
-        from aiobotocore.session import AioSession
-
-        session = AioSession()
-        session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
-        if self.connection.profile is not None:
-            session.set_config_variable("profile", self.connection.profile)
-        return session
-
-    def _client_arguments(self, session: Any) -> dict[str, Any]:
-        from aiobotocore.config import AioConfig
-        from botocore import UNSIGNED
-
-        connection = self.connection
-        style = {True: {"addressing_style": "path"}, False: {"addressing_style": "virtual"}, None: None}
-        config = AioConfig(
-            max_pool_connections=self._concurrency,
-            connect_timeout=min(self._timeout, self._retry.first_contact),
-            read_timeout=self._timeout,
-            retries={"total_max_attempts": 1},
-            s3=style[connection.path_style],
-            **({"signature_version": UNSIGNED} if connection.unsigned else {}),
-        )
-        arguments: dict[str, Any] = {"endpoint_url": connection.endpoint, "config": config}
-        region = connection.region or _region_of(session)
-        arguments["region_name"] = region or "us-east-1"
-        if self._session_factory is None and connection.access_key is not None:
-            arguments["aws_access_key_id"] = connection.access_key
-            arguments["aws_secret_access_key"] = connection.secret_key
-            arguments["aws_session_token"] = connection.session_token
-        return arguments
+            events.register_first("needs-retry.s3", _refuse_wrong_region)
+        events.register_first("needs-retry.s3", _refuse_odd_region)
 
 
 def _same_version(info: ObjectInfo, etag: str | None) -> None:
     if etag is None:
         raise TransferFailed(f"{info.uri}: the answer has no ETag: it does not come from S3")
     if info.etag is not None and etag != info.etag:
-        raise ObjectChanged(f"{info.uri}: its ETag is {etag}, not {info.etag}")
+        raise ObjectChanged(f"{info.uri}: its ETag is {said(etag)}, not {info.etag}")
 
 
 def _refusal(answer: Answer, info: ObjectInfo) -> AsyncdsError:
@@ -499,15 +462,8 @@ def _whole_size(content_range: str, part: slice, info: ObjectInfo) -> int:
     if not content_range:
         raise NoParts(f"{info.uri}: the store sends whole objects only")
     if span != f"{part.start}-{part.stop - 1}" or not _SIZE.fullmatch(size):
-        raise TransferFailed(f"{info.uri}: another part arrived than was asked for ({content_range[:80]})")
+        raise TransferFailed(f"{info.uri}: another part arrived than was asked for ({said(content_range)})")
     return int(size)
-
-
-@cache
-def _loader(data_path: str | None) -> Any:
-    """What reads botocore's descriptions of services, which takes a tenth of a second: once for a process and those
-    that are forked from it."""
-    return create_loader(data_path)
 
 
 def _rebuild(
@@ -530,16 +486,9 @@ def _rebuild(
     )
 
 
-def _region_of(session: Any) -> str | None:
-    """The region of a profile, or of the user's session."""
-    if hasattr(session, "get_config_variable"):
-        return session.get_config_variable("region")  # type: ignore[no-any-return]
-    return getattr(session, "region_name", None)
-
-
 def _lean_lane(client: Any, timeout: float) -> LeanLane | None:
     """A lane that trusts whom the client trusts, or None where the client goes out in a way it does not know."""
-    if _has_foreign_handlers(client) or not can_verify():
+    if has_foreign_handlers(client) or not can_verify():
         return None
     config, verify = client.meta.config, getattr(client._endpoint.http_session, "_verify", None)
     if config.proxies or get_environ_proxies(client.meta.endpoint_url) or config.client_cert:
@@ -549,23 +498,6 @@ def _lean_lane(client: Any, timeout: float) -> LeanLane | None:
     if (getattr(config, "connector_args", None) or {}).keys() - {"keepalive_timeout"}:  # a resolver of the user's, say
         return None
     return LeanLane(timeout=timeout, tls=lambda: ssl.create_default_context(cafile=get_cert_path(verify)))
-
-
-def _has_foreign_handlers(client: Any) -> bool:
-    """Whether somebody has a say in a GET whom botocore does not bring along: what he does to each is not repeated."""
-    emitter = getattr(client.meta.events, "_emitter", client.meta.events)
-    handlers = getattr(emitter, "_handlers", None)
-    if handlers is None:
-        return True
-    found = [handler for event in _EVENTS for handler in handlers.prefix_search(f"{event}.s3.GetObject")]
-    return any(_home(handler) not in _BOTOCORES for handler in found)
-
-
-def _home(handler: Any) -> str:
-    """The package of a handler; a bound method's is that of its class."""
-    function = getattr(handler, "func", handler)  # of a partial
-    module = getattr(function, "__module__", None) or type(function).__module__
-    return str(module).partition(".")[0]
 
 
 def _note_token(request: Any, **_: Any) -> None:
@@ -579,9 +511,21 @@ def _refuse_wrong_region(response: Any, request_dict: dict[str, Any], **_: Any) 
     """Name the right region instead of letting botocore ask twice for every first request."""
     if response is None:
         return
-    answer, parsed = response
-    error = parsed.get("Error", {})
-    told = error.get("Region") or parsed.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
+    answer, told = response[0], next(iter(_regions_told(response[1])), None)
     ours = request_dict.get("context", {}).get("signing", {}).get("region")
-    if answer.status_code in (301, 400) and told and told != ours:
+    if answer.status_code in (301, 302, 307, 400) and told and told != ours:
+        told = said(told)
         raise ConfigurationError(f"region {ours!r} is wrong: the endpoint expects {told!r}; set AWS_REGION={told}")
+
+
+def _refuse_odd_region(response: Any, **_: Any) -> None:
+    """botocore makes a host's name of it, older ones whatever it is, and sends a signed request there."""
+    for told in _regions_told(response[1]) if response is not None else ():
+        if not _REGION.fullmatch(told):
+            raise StoreError(f"the bucket is said to be in the region {said(told)!r}: refused; check the endpoint")
+
+
+def _regions_told(parsed: dict[str, Any]) -> list[str]:
+    """What an answer says of the bucket's region."""
+    header = parsed.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
+    return [told for told in (parsed.get("Error", {}).get("Region"), header) if told]

@@ -24,7 +24,7 @@ from asyncds.errors import (
     TransferFailed,
 )
 from asyncds.store.connection import NOT_USED
-from asyncds.store.masking import mask
+from asyncds.store.masking import said
 from asyncds.store.wire import BrokenConnection, NoConnection
 
 __all__ = ["has_expired", "status_error", "translate"]
@@ -46,20 +46,25 @@ _BROKEN = (
     OSError,
 )
 _SPEAKS_TLS = "if the server speaks TLS: write https:// in the endpoint, or MINIO_SECURE=true"
-_LONGEST, _LOOKED_AT = 200, 20_000  # of what an answer says
 _NO_BUCKET = "this cannot be a bucket's name: that has 3 to 63 small letters, digits, dots and hyphens"
 _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
 
 
 def translate(error: Exception, what: str, hint: str = "", where: str = "this endpoint") -> AsyncdsError:
     """Return the error to raise; `what` names the object, listing or bucket, `hint` whose keys were sent, and `where`
-    the endpoint."""
+    the endpoint. What the answer says is masked in `error`, too, which will be the cause of the other."""
     inner = getattr(error, "kwargs", {}).get("error")
     for known in (error, inner):
         if isinstance(known, AsyncdsError):
             return known if what in str(known) or type(known) is not StoreError else StoreError(f"{what}: {known}")
     if isinstance(error, boto.ClientError):
-        return _of_response(error.response, what, hint, where)
+        translated = _of_response(error.response, what, hint, where)
+        error.args = (said(error),)
+        error.response = error.response | {
+            "Error": {name: said(value) for name, value in error.response.get("Error", {}).items()},
+            "ResponseMetadata": {"HTTPStatusCode": error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")},
+        }
+        return translated
     if any(sign in f"{error} {_reason(error)}" for sign in ("WRONG_VERSION_NUMBER", "RECORD_LAYER")):
         remedy = "write http:// in the endpoint, or MINIO_SECURE=false"
         return ConfigurationError(f"{what}: the server speaks plain http, not TLS; {remedy}")
@@ -90,18 +95,11 @@ def _unreachable(message: str, hint: str) -> AsyncdsError:
     return error.because(hint) if hint.startswith(NOT_USED) else error
 
 
-def _said(text: object) -> str:
-    """What an answer says, in a line of some words, and without secrets: who answers may be anybody."""
-    said = mask(str(text)[:_LOOKED_AT])[:_LONGEST]
-    letters = (letter if letter.isprintable() else " " for letter in said)
-    return " ".join("".join(letters).split())
-
-
 def _of_response(response: Any, what: str, hint: str, where: str) -> AsyncdsError:
     error, status = response.get("Error", {}), response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if error.get("Code") == "RequestTimeTooSkewed":
         return _other_time(response, what, where)
-    code, message = _said(error.get("Code", status)), _said(error.get("Message", ""))
+    code, message = said(error.get("Code", status)), said(error.get("Message", ""))
     after = str(response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after", ""))
     return status_error(status, code, what, message, hint, where, after)
 
@@ -113,10 +111,10 @@ def has_expired(response: Any) -> bool:
 
 def _other_time(response: Any, what: str, where: str) -> AsyncdsError:
     headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    theirs = _said(response["Error"].get("ServerTime") or headers.get("date", "another time"))
+    theirs = said(response["Error"].get("ServerTime") or headers.get("date", "another time"))
     ours = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    said = f"{what}: 403 RequestTimeTooSkewed: it is {theirs} at {where}, and {ours} here"
-    return AccessDenied(f"{said}; set the clock of whichever is wrong")
+    told = f"{what}: 403 RequestTimeTooSkewed: it is {theirs} at {where}, and {ours} here"
+    return AccessDenied(f"{told}; set the clock of whichever is wrong")
 
 
 def status_error(
@@ -129,7 +127,7 @@ def status_error(
     retry_after: str = "",
 ) -> AsyncdsError:
     """Return the error that an HTTP status and S3's error code stand for; `retry_after` is the header of that name."""
-    said = f"{what}: {status} {code}" if code not in ("", str(status)) else f"{what}: status {status}"
+    told = f"{what}: {status} {code}" if code not in ("", str(status)) else f"{what}: status {status}"
     if code == "NoSuchBucket":
         return BucketNotFound(f"{what}: the bucket does not exist at {where}; check its name and the endpoint")
     if code == "PreconditionFailed" or status == 412:
@@ -137,19 +135,19 @@ def status_error(
     if code == "NoSuchKey" or status == 404:
         return ObjectNotFound(f"{what}: the object does not exist")
     if status in (408, 429) or status >= 500 or code in ("RequestTimeout", "SlowDown", "InternalError"):
-        failed = TransferFailed(said).because("lower ASYNCDS_CONCURRENCY, or try again later")
+        failed = TransferFailed(told).because("lower ASYNCDS_CONCURRENCY, or try again later")
         failed.retry_after = _seconds(retry_after)
         return failed
     if code in _EXPIRED:
         remedy = "get new AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or a profile that renews them"
-        return AccessDenied(f"{said} from {where}: the session token has expired; {remedy}")
+        return AccessDenied(f"{told} from {where}: the session token has expired; {remedy}")
     if code in _DENIED or status in (401, 403):
         detail = f" ({message.rstrip('.')})" if message else ""
-        return AccessDenied(f"{said}{detail} from {where}; {hint or 'check the credentials'} and the bucket's policy")
+        return AccessDenied(f"{told}{detail} from {where}; {hint or 'check the credentials'} and the bucket's policy")
     if code == "InvalidBucketName":
         return ConfigurationError(f"{what}: {_NO_BUCKET}")
-    told = StoreError(f"{said}{f' ({message})' if message else ''}")
-    return told.because(_SPEAKS_TLS) if code == "400" and where.startswith("http://") else told
+    error = StoreError(f"{told}{f' ({message})' if message else ''}")
+    return error.because(_SPEAKS_TLS) if code == "400" and where.startswith("http://") else error
 
 
 def _may_be_tls(error: Exception, what: str, where: str) -> bool:

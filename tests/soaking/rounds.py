@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-ROUND_S = 6.0
+ROUND_S, LONG_ROUND_S = 6.0, 20.0
 WORKER_KILLED = "torch: a worker was killed"
 # Those of the server's menu of final faults; a redirect is a plain StoreError.
 FINAL_ERRORS = {"AccessDenied", "ObjectNotFound", "ObjectChanged", "StoreError"}
-_FAULTY = {"cheap": 0.6, "slow": 0.001, "late": 0.02}
+_FAULTY = {"cheap": 0.6, "slow": 0.0004, "late": 0.02}  # a stall holds a batch, and those after it, for five seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +73,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def plan(seed: int, seconds: float) -> Iterator[Round]:
-    """Yield rounds of all kinds in turn, from one of them on, for so many seconds together."""
-    chance = random.Random(seed)
-    count = max(2, round(seconds / ROUND_S))
-    names = list(KINDS)
+    """Yield rounds of all kinds in turn, from one of them on, for so many seconds together: longer ones once there
+    is time for each kind twice."""
+    chance, names = random.Random(seed), list(KINDS)
+    count = max(2, round(seconds / min(LONG_ROUND_S, max(ROUND_S, seconds / 2 / len(names)))))
     first = 0 if count < len(names) / 2 else chance.randrange(len(names))
     for number in range(count):
         kind = names[(first + number) % len(names)]
@@ -93,15 +93,15 @@ def drawn(chance: random.Random, number: int, kind: str, seconds: float) -> Roun
     options = {
         "lane": chance.choices(["auto", "full"], [9, 1])[0],
         "verify_md5": md5,
-        "concurrency": chance.choices([16, 64, 256, "auto"], [1, 4, 4, 3])[0],
+        "concurrency": chance.choices([16, 64, 256, "auto"], [1, 4, 4, 1])[0],
         "decode_threads": chance.choice([0, 0, 2]),
         "on_error": chance.choice(["raise", "raise", "replace", "skip"]) if "final" in shares else "raise",
     }
     workers = chance.choice([1, 2]) if own.get("kills") else chance.choice([0, 0, 1, 2])
     loading = {
-        "batch_size": chance.choice([8, 32, 100]),
+        "batch_size": chance.choices([8, 32, 100, 250], [1, 2, 4, 3])[0],
         "num_workers": workers,
-        "reads_ahead": chance.random() < 0.7,
+        "reads_ahead": chance.random() < 0.8,
     }
     if workers:
         # A spawned worker takes seconds to import torch, so that only long rounds are worth its while. One whose
