@@ -163,7 +163,8 @@ def test_warm_names_what_failed_and_exits_with_one(bucket):
 def test_warm_that_does_not_fit_says_so_and_exits_with_one(bucket):
     code, output, errors = call("warm", "s3://mnist/train", "--cache-size", "1B")
     assert (code, "30 did not fit" in output) == (1, True)
-    assert errors == "error: 30 objects do not fit: raise ASYNCDS_CACHE_SIZE or free the disk\n"
+    remedy = "raise ASYNCDS_CACHE_SIZE, free the disk, or choose a folder that can be written"
+    assert errors == f"error: 30 objects could not be kept: {remedy}\n"
 
 
 def test_interrupted_warm_keeps_what_arrived_and_goes_on(bucket):
@@ -417,7 +418,28 @@ def test_who_has_no_credentials_is_told_of_nothing_else(bucket, monkeypatch):
         monkeypatch.delenv(name)
     code, output, errors = call("warm", "s3://mnist/train/")
     assert (code, output, len(errors.splitlines())) == (1, "", 1)
-    assert errors.endswith("no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE\n")
+    assert "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; or" in errors
+    assert errors.endswith("MINIO_URL and its keys, in the environment or in the .env file of this folder\n")
+
+
+def test_folder_that_cannot_be_written_is_shown_without_a_change(bucket, monkeypatch):
+    assert call("warm", "s3://mnist/train")[0] == 0
+    place = Settings().cache_dir / "asyncds"
+    database = place / "objects" / "cache.db"
+    real = sqlite3.connect
+
+    def connect(path, *arguments, **options):
+        if "cache.db" in str(path) and "immutable=1" not in path:
+            raise sqlite3.OperationalError("attempt to write a readonly database")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr("sqlite3.connect", connect)
+    monkeypatch.setattr("os.access", lambda path, *_: not str(path).startswith(str(place)))
+    before = database.read_bytes()
+    for command in (["ls"], ["stats"], ["verify"]):
+        code, output, errors = call(*command)
+        assert (code, bool(output), "Traceback" in errors) == (0, True, False), errors
+    assert database.read_bytes() == before
 
 
 def test_verify_finds_and_mends(bucket, tmp_path):

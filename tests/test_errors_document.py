@@ -237,6 +237,7 @@ FAILURES = {
     "overwritten": after_a_change(lambda server: server.put("mnist", "train/0.png", b"new")),
     "closed": after_it_was_closed,
     "a rate limit": answered(Fault.slow_down()),
+    "a server that is too old": answered(Fault.status(501, "NotImplemented")),
     "a broken connection": answered(Fault.reset(50)),
     "a short body": answered(Fault.truncated(5)),
     "a listing in a circle": answered(Fault.listing("circle"), operation="LIST"),

@@ -148,3 +148,9 @@ def test_corrupt_image_keeps_the_error_of_pil_and_names_the_object(damage, error
 def test_albumentations_get_arrays_without_being_told(png):
     sample = ImageTransform(albumentations.HorizontalFlip(p=1))(reader(png(7)))
     assert isinstance(sample, np.ndarray)
+
+
+def test_missing_library_is_named_with_the_command_that_brings_it(monkeypatch):
+    monkeypatch.setattr("asyncds.vision.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'asyncds\[vision\]'"):
+        ImageTransform()
