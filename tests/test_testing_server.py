@@ -35,6 +35,7 @@ from asyncds.testing.host import ProcessHost
 
 BODY = hashlib.shake_128(b"body").digest(10_000)
 ETAG = f'"{hashlib.md5(BODY).hexdigest()}"'
+ABSURD = "9" * 5000  # more digits than Python makes an int of
 ODD_KEYS = [
     "plain",
     "with space",
@@ -115,7 +116,7 @@ def ask(
     server: S3Server,
     target: str = "/b/k",
     method: str = "GET",
-    headers: Mapping[str, str] | None = None,
+    headers: Mapping[str, str | bytes] | None = None,
     body: bytes | None = None,
 ) -> Answer:
     connection = http.client.HTTPConnection(*address(server), timeout=20)
@@ -174,6 +175,9 @@ def test_head_returns_the_headers_of_get_without_body(server):
         ("bytes=9990-", slice(9990, 10000)),
         ("bytes=-5", slice(9995, 10000)),
         ("bytes=5-99999", slice(5, 10000)),
+        pytest.param(f"bytes=5-{ABSURD}", slice(5, 10000), id="absurd end"),
+        pytest.param(f"bytes=-{ABSURD}", slice(0, 10000), id="absurd suffix"),
+        pytest.param(f"bytes={'0' * 5000}5-9", slice(5, 10), id="absurd zeros"),
     ],
 )
 def test_range_returns_its_bytes_under_206(server, value, span):
@@ -183,12 +187,14 @@ def test_range_returns_its_bytes_under_206(server, value, span):
     assert answer.headers["ETag"] == ETAG
 
 
-@pytest.mark.parametrize("value", ["bytes=5-2", "bytes=-", "lines=1-2", "bytes=0-1,3-4"])
+@pytest.mark.parametrize("value", ["bytes=5-2", "bytes=-", "lines=1-2", "bytes=0-1,3-4", "bytes=٣-".encode()])
 def test_range_that_s3_does_not_understand_returns_everything(server, value):
     assert ask(server, headers={"Range": value}).status == 200
 
 
-@pytest.mark.parametrize("value", ["bytes=10000-", "bytes=-0", "bytes=20000-20001"])
+@pytest.mark.parametrize(
+    "value", ["bytes=10000-", "bytes=-0", "bytes=20000-20001", pytest.param(f"bytes={ABSURD}-", id="absurd")]
+)
 def test_range_outside_the_object_is_416(server, value):
     answer = ask(server, headers={"Range": value})
     assert (answer.status, answer.code) == (416, "InvalidRange")
@@ -229,7 +235,15 @@ def test_conditions_compare_etags(server, headers, status):
         ("POST", "/b/k", 405, "MethodNotAllowed"),
         ("DELETE", "/b", 405, "MethodNotAllowed"),
         ("GET", "/b?list-type=2&max-keys=x", 400, "InvalidArgument"),
+        ("GET", "/b?list-type=2&max-keys=-1", 400, "InvalidArgument"),
+        ("GET", "/b?list-type=2&max-keys=2147483648", 400, "InvalidArgument"),
+        pytest.param("GET", f"/b?list-type=2&max-keys={ABSURD}", 400, "InvalidArgument", id="absurd max-keys"),
+        ("GET", f"/b?list-type=2&max-keys={quote('٣')}", 400, "InvalidArgument"),
         ("GET", "/b?list-type=2&continuation-token=*", 400, "InvalidArgument"),
+        ("GET", f"/b?list-type=2&continuation-token={quote('ü')}", 400, "InvalidArgument"),
+        ("GET", "/b?list-type=2&prefix=%zz", 400, "InvalidURI"),
+        ("GET", "/b?list-type=2&prefix=100%", 400, "InvalidURI"),
+        ("GET", "/b/%e", 400, "InvalidURI"),
         ("PUT", "/b", 409, "BucketAlreadyOwnedByYou"),
         ("PUT", "/b/%ff", 400, "InvalidURI"),
     ],
@@ -443,12 +457,18 @@ def test_http_1_0_closes_after_the_answer(server):
         b"nonsense\r\n\r\n",
         b"GET /b/k HTTP/3\r\n\r\n",
         b"GET b HTTP/1.1\r\n\r\n",
+        b"GET /b/\n HTTP/1.1\r\n\r\n",
         b"GET /b/k HTTP/1.1\r\nno colon\r\n\r\n",
         b"PUT /b/k HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"PUT /b/k HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
         b"PUT /b/k HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
+        b"PUT /b/k HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n-6\r\n",
+        b"PUT /b/k HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1" * 5000 + b"\r\n",
         b"PUT /b/k HTTP/1.1\r\nContent-Encoding: aws-chunked\r\nContent-Length: 4\r\n\r\n9\r\nx",
         b"GET /" + b"x" * 70_000,
+        b"GET / HTTP/1.1\r\nx: " + b"x" * 1_000_000,
     ],
+    ids=lambda request: repr(request[:60]),
 )
 def test_what_is_no_http_is_refused_and_closed(server, request_bytes):
     with connect(server) as connection:

@@ -52,7 +52,8 @@ class Access:
             verify(request, signed, self.credentials[1], self.clock())
 
     def _check_keys(self, credentials: Keys, request: Request, signed: Signed) -> None:
-        given = request.query.get("X-Amz-Security-Token") or request.headers.get(b"x-amz-security-token", b"").decode()
+        header = request.headers.get(b"x-amz-security-token", b"").decode("utf-8", "replace")
+        given = request.query.get("X-Amz-Security-Token") or header
         if given in self.expired:
             raise S3Error("ExpiredToken", details={"Token-0": given})
         if signed.access_key != credentials[0]:

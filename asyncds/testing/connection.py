@@ -15,6 +15,7 @@ _MAX_HEAD = 64 * 1024
 _JOIN_LIMIT = 64 * 1024
 _WRITE_BUFFER = 256 * 1024
 _FLUSH_POLL_S = 0.001
+_LINGER_S = 2.0
 _TLS = b"\x16\x03"  # how its handshake begins
 _ZEROS = bytes(_JOIN_LIMIT)
 _LINGER_RESET = struct.pack("ii", 1, 0)
@@ -64,6 +65,7 @@ class Connection(asyncio.Protocol):
         self._buffer = b""
         self._receiving: tuple[Request, Body] | None = None
         self._busy = False
+        self._refused = False
         self._closes = False
         self._write_paused = False
         self._on_drained: Callable[[], None] | None = None
@@ -92,6 +94,8 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         self._buffer = self._buffer + data if self._buffer else data
         if not self._busy:
             self._serve_buffer()
@@ -146,10 +150,14 @@ class Connection(asyncio.Protocol):
         return request
 
     def _refuse(self, exc: MalformedRequestError) -> None:
-        self._busy, self._buffer = False, b""
+        self._busy, self._buffer, self._refused = False, b"", True
         response = status_response(400, None, str(exc))
         self._transport.write(response.head(self._handler.date_line(), close=True) + response.body)
-        self._transport.close()
+        if self._transport.can_write_eof():  # to close before all is read would be a reset, and the answer lost
+            self._transport.write_eof()
+            self._timer = self._loop.call_later(_LINGER_S, self._transport.close)
+        else:
+            self._transport.close()
 
     def _begin(self, request: Request) -> None:
         self._busy = True

@@ -1,7 +1,6 @@
 """S3's answers: a pure function from a request and the stored objects to a response."""
 
 import base64
-import binascii
 import itertools
 import re
 from collections.abc import Callable
@@ -15,7 +14,9 @@ from asyncds.testing.wire import Request, Response, reason
 _NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 _XML = '<?xml version="1.0" encoding="UTF-8"?>\n'
 _MAX_KEYS = 1000
+_MOST_KEYS = (1 << 31) - 1
 _RANGE = re.compile(rb"bytes=(\d*)-(\d*)")
+_NO_ESCAPE = re.compile("%(?![0-9a-fA-F]{2})")
 # Control characters are no XML 1.0, but S3 sends them as references too: that is why encoding-type=url exists.
 _ESCAPES = {code: f"&#x{code:x};" for code in range(32)} | {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
 
@@ -111,6 +112,8 @@ class Refuses(Protocol):
 def respond(request: Request, store: Store, access: Refuses) -> Response:
     """Answer one request; a PUT or DELETE changes the store."""
     try:
+        if _NO_ESCAPE.search(request.target):
+            raise S3Error("InvalidURI")
         access.check(request)
         return _HANDLERS[request.operation](request, store)
     except S3Error as exc:
@@ -157,17 +160,22 @@ def _span(header: bytes, size: int) -> range | None:
     match = _RANGE.fullmatch(header)
     if match is None or match.groups() == (b"", b""):
         return None
-    first, last = match.groups()
-    if not first:
-        span = range(max(0, size - int(last)), size)
-    elif last and int(last) < int(first):
+    first, last = (_place(digits) if digits else None for digits in match.groups())
+    if first is None:
+        span = range(max(0, size - (last or 0)), size)
+    elif last is not None and last < first:
         return None
     else:
-        span = range(int(first), min(size, int(last) + 1) if last else size)
+        span = range(first, size if last is None else min(size, last + 1))
     if not span:
         details = {"RangeRequested": header.decode("latin-1"), "ActualObjectSize": str(size)}
         raise S3Error("InvalidRange", details=details, headers={"Content-Range": f"bytes */{size}"})
     return span
+
+
+def _place(digits: bytes) -> int:
+    """The number, if it has up to 19 digits; else one that is beyond the end of every object, too."""
+    return int(digits.lstrip(b"0")[:19] or b"0")
 
 
 def _put(request: Request, store: Store) -> Response:
@@ -231,8 +239,8 @@ def _list(request: Request, store: Store) -> Response:
 
 
 def _max_keys(text: str) -> int:
-    if not text.isdecimal():
-        raise S3Error("InvalidArgument", "Argument max-keys must be an integer between 0 and 2147483647")
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) > _MOST_KEYS:
+        raise S3Error("InvalidArgument", f"Argument max-keys must be an integer between 0 and {_MOST_KEYS}")
     return min(int(text), _MAX_KEYS)
 
 
@@ -241,7 +249,7 @@ def _start(token: str | None, start_after: str) -> bytes:
         return after_key(start_after.encode()) if start_after else b""
     try:
         return base64.b64decode(token, altchars=b"-_", validate=True)
-    except binascii.Error:
+    except ValueError:  # not in base64, or not even in ASCII
         raise S3Error("InvalidArgument", "The continuation token provided is incorrect") from None
 
 

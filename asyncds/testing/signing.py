@@ -46,25 +46,33 @@ def read(request: Request) -> Signed | None:
     if request.query.get("X-Amz-Algorithm") == _ALGORITHM:
         query = request.query
         stamp, life = query.get("X-Amz-Date", ""), query.get("X-Amz-Expires", "")
-        if not (life.isdecimal() and 0 < int(life) <= _MAX_LIFE_S):
+        if not (re.fullmatch("[0-9]{1,6}", life) and 0 < int(life) <= _MAX_LIFE_S):
             raise S3Error("AuthorizationQueryParametersError", "X-Amz-Expires is between 1 and 604800 seconds")
         names, signature = query.get("X-Amz-SignedHeaders", ""), query.get("X-Amz-Signature", "")
         return _signed(query.get("X-Amz-Credential", ""), names, signature, stamp, int(life))
     if not authorization:
         return None
-    said = dict(_FIELD.findall(authorization))
-    if not authorization.startswith(_ALGORITHM) or "Credential" not in said:
+    if not authorization.startswith(_ALGORITHM):
         raise S3Error("InvalidRequest", f"The authorization mechanism is not supported: use {_ALGORITHM}")
+    said = dict(_FIELD.findall(authorization))
     names, signature = said.get("SignedHeaders", ""), said.get("Signature", "")
-    return _signed(said["Credential"], names, signature, _header(request, "x-amz-date"), None)
+    return _signed(said.get("Credential", ""), names, signature, _header(request, "x-amz-date"), None)
 
 
 def _signed(credential: str, names: str, signature: str, stamp: str, expires: int | None) -> Signed:
+    malformed = "AuthorizationHeaderMalformed" if expires is None else "AuthorizationQueryParametersError"
+    if not _is_text(credential + names + signature):
+        raise S3Error(malformed, "What is said of the signature is no UTF-8")
     access_key, *scope = credential.rsplit("/", 4)
     if len(scope) != 4 or scope[2:] != ["s3", "aws4_request"]:
-        raise S3Error("AuthorizationHeaderMalformed", "The credential is not KEY/DATE/REGION/s3/aws4_request")
+        raise S3Error(malformed, "The credential is not KEY/DATE/REGION/s3/aws4_request")
     day, region, service, end = scope
     return Signed(access_key, (day, region, service, end), stamp, tuple(names.split(";")), signature, expires)
+
+
+def _is_text(header: str) -> bool:
+    """Whether it came as UTF-8: what did not is kept as surrogates, which nobody can send back."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in header)
 
 
 def verify(request: Request, signed: Signed, secret_key: str, now: float) -> None:

@@ -1,5 +1,6 @@
 """HTTP/1.1 between bytes and values: requests parsed, bodies assembled, responses rendered."""
 
+import re
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Protocol
@@ -9,6 +10,8 @@ from asyncds.errors import ConfigurationError
 
 OPERATIONS = ("GET", "HEAD", "PUT", "DELETE", "LIST", "HEAD_BUCKET", "LOCATION", "CREATE_BUCKET", "OTHER")
 
+_CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,15}")
+_LENGTH = re.compile(rb"[0-9]{1,18}")
 _BUCKET_OPERATIONS = {"GET": "LIST", "HEAD": "HEAD_BUCKET", "PUT": "CREATE_BUCKET"}
 _OBJECT_OPERATIONS = frozenset({"GET", "HEAD", "PUT", "DELETE"})
 _SUBRESOURCES = frozenset(
@@ -51,7 +54,7 @@ def parse_head(head: bytes) -> Request:
         method, target, version = lines[0].decode("ascii").split(" ")
     except ValueError as exc:
         raise MalformedRequestError(f"request line {lines[0][:200]!r}") from exc
-    if not target.startswith("/") or version not in ("HTTP/1.1", "HTTP/1.0"):
+    if not target.startswith("/") or not target.isprintable() or version not in ("HTTP/1.1", "HTTP/1.0"):
         raise MalformedRequestError(f"request line {lines[0][:200]!r}")
     headers = _parse_headers(lines[1:])
     if version == "HTTP/1.0":
@@ -127,10 +130,9 @@ class ChunkedBody:
 
     def _take_chunk(self, line_end: int) -> bool:
         size_text = bytes(self._pending[:line_end]).partition(b";")[0]
-        try:
-            size = int(size_text, 16)
-        except ValueError as exc:
-            raise MalformedRequestError(f"chunk size {size_text[:40]!r}") from exc
+        if not _CHUNK_SIZE.fullmatch(size_text.strip()):
+            raise MalformedRequestError(f"chunk size {size_text[:40]!r}")
+        size = int(size_text, 16)
         start = line_end + 2
         if size == 0:
             self._in_trailer = True
@@ -148,7 +150,7 @@ def body_reader(request: Request) -> Body | None:
     if b"chunked" in request.headers.get(b"transfer-encoding", b"").lower():
         return ChunkedBody()
     length = request.headers.get(b"content-length", b"0")
-    if not length.isdigit():
+    if not _LENGTH.fullmatch(length):
         raise MalformedRequestError(f"Content-Length {length[:40]!r}")
     return SizedBody(int(length)) if int(length) else None
 
