@@ -35,7 +35,7 @@ def test_plugin_is_announced_to_pytest():
     assert project["entry-points"]["pytest11"] == {"asyncds": PLUGIN}
 
 
-@pytest.mark.parametrize("block", BLOCKS[1:], ids=range(1, len(BLOCKS)))
+@pytest.mark.parametrize("block", BLOCKS[2:], ids=range(2, len(BLOCKS)))
 def test_other_examples_of_the_document_run(block):
     exec(block, {})
 
@@ -88,6 +88,15 @@ import pytest
 from asyncds import CachedS3MapDataset
 from asyncds.errors import AccessDenied
 
+@pytest.fixture
+def wrong(asyncds_s3, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+
+def test_keys_of_another_fixture_stay(wrong, asyncds_bucket):
+    with CachedS3MapDataset.from_prefix(asyncds_bucket({"a": b"a"})) as dataset:
+        with pytest.raises(AccessDenied, match="SignatureDoesNotMatch"):
+            len(dataset)
+
 def test_keys(asyncds_bucket, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with CachedS3MapDataset.from_prefix(asyncds_bucket({"a": b"a"})) as dataset:
@@ -96,11 +105,56 @@ def test_keys(asyncds_bucket, monkeypatch):
 """
 
 
+PROCESS = """
+import os
+
+def test_buckets_are_those_of_the_server_that_the_test_asks_for(asyncds_s3_process, asyncds_bucket):
+    assert "process" in repr(asyncds_s3_process)
+    assert os.environ["AWS_ENDPOINT_URL"] == asyncds_s3_process.endpoint
+    assert asyncds_bucket({"a": b"a"}) == "s3://bucket-1/"
+    from asyncds import CachedS3MapDataset
+    assert len(CachedS3MapDataset.from_prefix("s3://bucket-1/")) == 1
+    assert asyncds_s3_process.stats.requests["LIST"] == 1
+
+def test_of_two_the_usual_one_has_them(asyncds_s3, asyncds_s3_process, asyncds_bucket):
+    assert asyncds_bucket() == "s3://bucket-1/"
+    assert os.environ["AWS_ENDPOINT_URL"] == asyncds_s3.endpoint
+"""
+
+OVERRIDDEN = """
+import os
+import pytest
+from asyncds import CachedS3MapDataset
+from asyncds.testing import S3Server
+
+seen = []
+
+@pytest.fixture(scope="module")
+def asyncds_s3():
+    with S3Server(region="eu-west-3", credentials=("KEY", "secret", "token"), check_signatures=True) as server:
+        yield server
+    assert len(seen) == 2
+
+@pytest.mark.parametrize("time", [1, 2])
+def test_bucket_is_new_and_found(asyncds_s3, asyncds_bucket, time):
+    uri = asyncds_bucket({f"{time}": b"x"})
+    assert uri not in seen
+    seen.append(uri)
+    with CachedS3MapDataset.from_prefix(uri) as dataset:
+        assert [info.key for info in dataset.manifest] == [f"{time}"]
+    assert {name: os.environ[name] for name in asyncds_s3.environment} == asyncds_s3.environment
+
+def test_variables_are_those_of_before():
+    assert "AWS_ENDPOINT_URL" not in os.environ
+"""
+
+
 def test_users_tests_have_a_server_buckets_keys_and_a_cache_of_their_own_and_leave_nothing(pytester, user, monkeypatch):
     monkeypatch.setenv("AWS_PROFILE", "of-the-developer")
     monkeypatch.setenv("MINIO_URL", "minio.example:9000")
     pytester.makepyfile(test_document=BLOCKS[0], test_each=EACH, test_workers=WORKERS, test_keys=KEYS)
-    user().assert_outcomes(passed=7)
+    pytester.makepyfile(test_process=PROCESS, test_overridden=OVERRIDDEN, test_second_document=BLOCKS[1])
+    user().assert_outcomes(passed=14)
 
 
 def test_plugin_is_light():

@@ -525,6 +525,25 @@ def test_credentials_are_asked_for_when_they_are_set():
         assert "canary" not in repr(server)
 
 
+def test_environment_says_where_it_is_and_with_which_keys(monkeypatch):
+    with S3Server() as server:
+        assert server.environment.keys() == {
+            "AWS_ENDPOINT_URL",
+            "AWS_REGION",
+            "AWS_ACCESS_KEY_ID",
+            "AWS_SECRET_ACCESS_KEY",
+        }
+    with S3Server(region="eu-west-3", credentials=("K", "old", "token"), check_signatures=True) as server:
+        server.put("b", "k", BODY)
+        for change in (None, ("K", "new", "other token")):
+            if change is not None:
+                server.change_credentials(*change)
+            for name, value in server.environment.items():
+                monkeypatch.setenv(name, value)
+            client = boto3.session.Session().client("s3", region_name=os.environ["AWS_REGION"])
+            assert client.get_object(Bucket="b", Key="k")["Body"].read() == BODY
+
+
 # How it fails on purpose
 
 

@@ -5,8 +5,10 @@ Every run of pytest in such an environment loads this module, so what it needs i
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -18,6 +20,7 @@ __all__ = ["asyncds_bucket", "asyncds_environment", "asyncds_s3", "asyncds_s3_pr
 _KEYS = "AKIAEXAMPLE", "secret-of-the-tests"
 _FAMILIES = ("AWS_", "MINIO_", "ASYNCDS_")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+_numbers: "WeakKeyDictionary[S3Server, count[int]]" = WeakKeyDictionary()  # of the next bucket
 
 
 @pytest.fixture
@@ -54,16 +57,25 @@ def asyncds_s3_process(asyncds_environment: None, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def asyncds_bucket(asyncds_s3: "S3Server") -> Callable[..., str]:
-    """Make a bucket of the server of `asyncds_s3`, and return its URI.
+def asyncds_bucket(
+    asyncds_environment: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """Make a bucket of the test's server, to which the variables of the environment then point, and return its URI.
 
     `asyncds_bucket()` makes an empty one, each call another; `asyncds_bucket({"a.txt": b"a"})` one with these objects.
+    The server is that of `asyncds_s3_process` where the test asks for that one, else that of `asyncds_s3`, which may be
+    a fixture of yours, of any scope: only buckets of one server have different names.
     """
-    names = (f"bucket-{number}" for number in range(1, 1 << 30))
+    asked = {"asyncds_s3", "asyncds_s3_process"}.intersection(request.fixturenames)
+    chosen = "asyncds_s3_process" if asked == {"asyncds_s3_process"} else "asyncds_s3"
+    server: S3Server = request.getfixturevalue(chosen)
+    if os.environ.get("AWS_ENDPOINT_URL") != server.endpoint:
+        _point_to(server, monkeypatch)
+    numbers = _numbers.setdefault(server, count(1))
 
     def make(objects: dict[str, bytes] | None = None) -> str:
-        name = next(names)
-        asyncds_s3.put_many(name, objects or {})
+        name = f"bucket-{next(numbers)}"
+        server.put_many(name, objects or {})
         return f"s3://{name}/"
 
     return make
@@ -73,7 +85,10 @@ def _served(monkeypatch: pytest.MonkeyPatch, *, process: bool) -> Iterator["S3Se
     from asyncds.testing.server import S3Server
 
     with S3Server(credentials=_KEYS, check_signatures=True, process=process) as server:
-        variables = "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"
-        for name, value in zip(variables, (server.endpoint, *_KEYS, "us-east-1"), strict=True):
-            monkeypatch.setenv(name, value)
+        _point_to(server, monkeypatch)
         yield server
+
+
+def _point_to(server: "S3Server", monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)

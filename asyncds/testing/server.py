@@ -2,7 +2,7 @@
 
 import os
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +14,7 @@ from asyncds.testing.latency import Latency, checked
 from asyncds.testing.service import S3Service, ServerStats
 
 _BATCH_BYTES = 16 * 1024 * 1024
+_ANY_KEYS = "AKIAEXAMPLE", "any-secret-will-do"
 
 
 class S3Server(Hosted):
@@ -59,12 +60,20 @@ class S3Server(Hosted):
             raise ConfigurationError(f"idle_timeout is a number of seconds, above 0, not {idle_timeout!r}")
         self._latency = checked(latency)
         self._access = Access(region, credentials, check_signatures)
+        self._keys: Sequence[str] = credentials or _ANY_KEYS
         self._tls = None if tls is None else _checked_tls(*tls)
         self._idle_timeout, self._clock_skew, self._port = idle_timeout, clock_skew, port
 
     def _factory(self) -> Factory:
         options = self._rate_limit, self._idle_timeout, self._clock_skew, self._port
         return partial(S3Service, self._latency, replace(self._access), self._tls, *options)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables by which asyncds, and the AWS tools, find the server, and keys that it takes."""
+        names = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"
+        place = {"AWS_ENDPOINT_URL": self.endpoint, "AWS_REGION": self._access.region or "us-east-1"}
+        return place | dict(zip(names, self._keys, strict=False))
 
     @property
     def latency(self) -> Latency:
@@ -98,6 +107,7 @@ class S3Server(Hosted):
         if len(credentials) not in (2, 3):
             raise ConfigurationError("credentials are an access key, a secret key and perhaps a session token")
         self._call("set_credentials", credentials)
+        self._keys = credentials
 
     @property
     def stats(self) -> ServerStats:
