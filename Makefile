@@ -12,7 +12,7 @@ export PATH := $(SERVERS):$(PATH)
 BRINGING := store fetcher large failures errors
 USING := express dataset bad_input workers life processes lookahead ranks cli vision
 SOAK_S ?= 60
-PARALLEL := --numprocesses 2 --dist worksteal
+PARALLEL := --numprocesses 3 --dist worksteal
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test lint test-newest test-oldest test-full-lane test-thorough soak bench bench-peers docs servers clean

@@ -253,15 +253,15 @@ ABSURD = b"9" * 5000
 
 
 def raw_refusal(server, **changes):
-    """Status and code with which a raw request is refused that differs so from the right one."""
+    """Status and code with which a raw request is refused that differs so from one that lacks a signature only."""
     parts = urlsplit(server.endpoint)
     with socket.create_connection((parts.hostname, parts.port), timeout=20) as connection:
         connection.sendall(RAW % (RIGHT | {name.encode(): value for name, value in changes.items()}))
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     head, _, document = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 4"), answer
-    code = ElementTree.fromstring(document).findtext("Code")
-    return int(head[9:12]), code
+    code = re.search(b"<Code>(.*?)</Code>", document)  # control characters come back, as with S3, which is no XML 1.0
+    return int(head[9:12]), code and code[1].decode()
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def spoilt(right):
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(changes=st.fixed_dictionaries({}, optional={name.decode(): spoilt(right) for name, right in RIGHT.items()}))
 def test_whatever_is_odd_in_a_request_is_refused_and_not_dropped(server, changes):
-    raw_refusal(server, **changes)
+    assert raw_refusal(server, **changes)[1]
 
 
 @pytest.mark.parametrize("ahead", [-16 * 60, 16 * 60, 86_400])
