@@ -58,6 +58,16 @@ def no_context(monkeypatch):
     monkeypatch.setattr(Session, "_get_session", hidden)
 
 
+def test_version_of_aiohttp_whose_headers_cannot_be_read_is_refused(s3, monkeypatch):
+    s3.put("mnist", "a", b"a")
+    monkeypatch.setattr(aiohttp.ClientResponse, "_raw_headers", property(lambda _: None, lambda *_: None))
+    with (
+        CachedS3MapDataset.from_prefix("s3://mnist/", transform=S3Reader.read) as dataset,
+        pytest.raises(StoreError, match="this version of aiohttp cannot be guarded: install one from 3.10 on"),
+    ):
+        len(dataset)
+
+
 @pytest.mark.parametrize("change", [renamed, left_behind, copied, no_context])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of aiohttp, of who sets attributes
 def test_version_that_has_no_place_for_a_guard_is_refused_before_anything_is_sent(s3, monkeypatch, change):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from asyncds import CachedS3MapDataset, ImageTransform, S3Reader
+from asyncds.errors import ConfigurationError
 from asyncds.testing import FakeStore
 
 # Python 3.12 warns of every fork beside a thread, and the dataset's loop is one.
