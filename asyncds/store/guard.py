@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import aiohttp
+from botocore.httpsession import get_cert_path
 
 from asyncds.errors import StoreError
 
@@ -19,9 +20,11 @@ def guard(client: Any) -> None:
     """Never send a signed request, and a session token with it, to anybody but the endpoint.
 
     aiohttp follows a `Location` to wherever it points, and aiobotocore has no switch for that, up to 3.10 at least; so
-    every session of the client gets a trace that raises when it is about to. It reads headers as UTF-8 only, and loses
-    the connection of an answer that has others; so these are made so before. aiobotocore before 3.9 does not compare
-    the host's name with its certificate; so its TLS contexts are told to. Raises `StoreError` where there is nothing to
+    every session of the client gets a trace that raises when it is about to. Where an answer names the bucket's region,
+    the `Location` is forgotten instead: botocore then goes to the endpoint that AWS has there. aiohttp reads headers as
+    UTF-8 only, and loses the connection of an answer that has others; so these are made so before. aiobotocore before
+    3.9 does not compare the host's name with its certificate, and behind a proxy verifies nothing; so it is given TLS
+    contexts that do. Raises `StoreError` where there is nothing to
     attach that to, here or when the first request is to be sent.
     """
     http_session: Any = getattr(getattr(client, "_endpoint", None), "http_session", None)
@@ -39,7 +42,10 @@ def guard(client: Any) -> None:
         session: aiohttp.ClientSession = await get_session(proxy)
         if trace not in session.trace_configs:
             session.trace_configs.append(trace)
-        context = getattr(session.connector, "_ssl", None)
+        connector: Any = session.connector
+        context = getattr(connector, "_ssl", None)
+        if verify and proxy and context is False and not getattr(http_session, "_cert_file", None):
+            context = connector._ssl = ssl.create_default_context(cafile=get_cert_path(verify))
         if verify and isinstance(context, ssl.SSLContext):
             context.check_hostname = True
         elif verify:
@@ -52,8 +58,21 @@ def guard(client: Any) -> None:
 
 
 async def _refuse_redirect(session: object, context: object, request: aiohttp.TraceRequestRedirectParams) -> None:
-    place = request.response.headers.get("Location", "")
+    response: Any = request.response
+    if response.headers.get("x-amz-bucket-region") and _forgotten(response, "Location", "URI"):
+        return
+    place = response.headers.get("Location", "")
     raise StoreError(f"{request.url.host} redirects to {place[:200]!r}: refused; check the endpoint")
+
+
+def _forgotten(response: Any, *names: str) -> bool:
+    """Take these headers, which aiohttp follows, from an answer; tells whether it has none of them any more."""
+    headers = response.headers.copy()
+    for name in names:
+        headers.popall(name, None)
+    response._headers = type(response.headers)(headers)
+    getattr(response, "_cache", {}).pop("headers", None)  # the property without the underscore keeps what it once gave
+    return not any(name in response.headers for name in names)
 
 
 async def _make_readable(session: object, context: object, end: aiohttp.TraceRequestEndParams) -> None:

@@ -21,6 +21,7 @@ from asyncds.errors import (
     ConfigurationError,
     ObjectChanged,
     ObjectNotFound,
+    StoreError,
     TransferFailed,
 )
 from asyncds.manifest import ObjectInfo, normalise_etag
@@ -41,6 +42,7 @@ _log = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 _FRESH_S, _STALE_S = 1.0, 60.0
 _SIZE = re.compile("[0-9]{1,18}")
+_REGION = re.compile("[a-z0-9-]{1,63}")
 _ENCRYPTION = "x-amz-server-side-encryption", "x-amz-server-side-encryption-customer-algorithm"
 _ENCRYPTION_BYTES = tuple(name.encode() for name in _ENCRYPTION)
 _BOTOCORES = {"botocore", "aiobotocore", "boto3", "aioboto3"}
@@ -444,6 +446,7 @@ class S3Store:
         read_pages_first(client.meta.events)
         if self.connection.endpoint is not None:
             client.meta.events.register_first("needs-retry.s3", _refuse_wrong_region)
+        client.meta.events.register_first("needs-retry.s3", _refuse_odd_region)
         self._client = client
 
     def _session(self) -> Any:
@@ -579,9 +582,20 @@ def _refuse_wrong_region(response: Any, request_dict: dict[str, Any], **_: Any) 
     """Name the right region instead of letting botocore ask twice for every first request."""
     if response is None:
         return
-    answer, parsed = response
-    error = parsed.get("Error", {})
-    told = error.get("Region") or parsed.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
+    answer, told = response[0], next(iter(_regions_told(response[1])), None)
     ours = request_dict.get("context", {}).get("signing", {}).get("region")
-    if answer.status_code in (301, 400) and told and told != ours:
+    if answer.status_code in (301, 302, 307, 400) and told and told != ours:
         raise ConfigurationError(f"region {ours!r} is wrong: the endpoint expects {told!r}; set AWS_REGION={told}")
+
+
+def _refuse_odd_region(response: Any, **_: Any) -> None:
+    """botocore makes a host's name of it, older ones whatever it is, and sends a signed request there."""
+    for told in _regions_told(response[1]) if response is not None else ():
+        if not _REGION.fullmatch(told):
+            raise StoreError(f"the bucket is said to be in the region {told[:80]!r}: refused; check the endpoint")
+
+
+def _regions_told(parsed: dict[str, Any]) -> list[str]:
+    """What an answer says of the bucket's region."""
+    header = parsed.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
+    return [told for told in (parsed.get("Error", {}).get("Region"), header) if told]
