@@ -4,6 +4,7 @@ Each test tells the server what goes wrong, reads through a dataset on each lane
 server was asked, and the error. `test_store.py` has such faults where a store meets them, and `test_wire_fuzz.py` more.
 """
 
+import asyncio
 import contextlib
 import os
 import re
@@ -29,6 +30,8 @@ from asyncds.errors import (
     StoreError,
     TransferFailed,
 )
+from asyncds.fetcher import Fetcher
+from asyncds.manifest import ObjectInfo
 from asyncds.testing import Fault, S3Server, body_of
 
 KEYS = [f"x/{number:03}" for number in range(100)]
@@ -227,30 +230,131 @@ def test_connections_that_the_server_closed_while_idle_cost_no_retry(lane, monke
         assert closing.stats.requests["GET"] == 60
 
 
-def test_endpoint_that_is_away_for_a_while_costs_no_sample(lane, monkeypatch, bucket):
+def free_port():
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    server, objects = S3Server(port=port), dict(zip(KEYS, BODIES, strict=True))
+        return listener.getsockname()[1]
+
+
+class Stocked(S3Server):
+    """Has all objects before it listens."""
+
+    def _factory(self):
+        make = super()._factory()
+
+        def stocked():
+            service = make()
+            service.put_many("mnist", dict(zip(KEYS, BODIES, strict=True)))
+            return service
+
+        return stocked
+
+
+@contextlib.contextmanager
+def coming_back(server, dataset, seconds):
+    """The server ends, and is there again so many seconds later, once it has been missed."""
 
     def come_back():
-        time.sleep(1)
+        time.sleep(seconds)
+        while not dataset.stats()["retries"]:
+            time.sleep(0.01)
         server.__enter__()
-        server.put_many("mnist", objects)
 
+    server.__exit__()
     again = threading.Thread(target=come_back)
-    with contextlib.ExitStack() as stack:
-        with server:
-            server.put_many("mnist", objects)
-            monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-            dataset = stack.enter_context(opened())
+    again.start()
+    try:
+        yield
+    finally:
+        again.join()
+
+
+def rest_of_an_epoch_while_the_endpoint_is_away(seconds, lane, monkeypatch):
+    """Returns how many seconds it took."""
+    with Stocked(port=free_port()) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+        with opened() as dataset:
             assert dataset.__getitems__(range(10)) == BODIES[:10]
-        stack.callback(server.__exit__)
-        again.start()
-        try:
-            assert dataset.__getitems__(range(20)) == BODIES[:20]
-        finally:
-            again.join()
-        assert dataset.stats()["retries"] > 0
+            started = time.monotonic()
+            with coming_back(server, dataset, seconds):
+                assert dataset.__getitems__(range(100)) == BODIES
+            stats = dataset.stats()
+        assert server.stats.requests["GET"] == 90 + stats["hedges"], "none twice"
+    assert (stats["failures"], stats["gets_lean"]) == (0, 0 if lane == "full" else 99)
+    return time.monotonic() - started
+
+
+def test_endpoint_that_is_away_for_a_while_costs_no_sample(lane, monkeypatch, bucket):
+    assert rest_of_an_epoch_while_the_endpoint_is_away(1, lane, monkeypatch) > 1
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(120)
+def test_endpoint_that_is_away_for_20_seconds_costs_no_sample(lane, monkeypatch, bucket):
+    assert 20 < rest_of_an_epoch_while_the_endpoint_is_away(20, lane, monkeypatch) < 45
+
+
+class Name:
+    """A host's name that stands for a server, or for none: as many questions as `unknown` says have no answer."""
+
+    def __init__(self, monkeypatch):
+        self.server, self.unknown, self.asked = None, 0, 0
+        self._resolve = socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", self._answer)
+
+    def _answer(self, host, port, *arguments, **options):
+        if host not in ("store.lan", b"store.lan"):
+            return self._resolve(host, port, *arguments, **options)
+        if options.get("flags", 0) & socket.AI_NUMERICHOST:
+            raise socket.gaierror("that is a name")
+        self.asked += 1
+        if self.asked <= self.unknown or self.server is None:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port_of(self.server)))]
+
+
+def port_of(server):
+    return int(server.endpoint.rpartition(":")[2])
+
+
+@pytest.fixture
+def name(monkeypatch, bucket):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store.lan")
+    return Name(monkeypatch)
+
+
+async def bodies(fetcher, keys):
+    return [body for _, body in await asyncio.gather(*(fetcher.get(ObjectInfo("mnist", key, SIZE)) for key in keys))]
+
+
+async def test_name_that_means_nothing_at_first_is_asked_for_again(lane, name, bucket):
+    name.server, name.unknown = bucket, 3
+    async with Fetcher.open(hedging=False) as fetcher:
+        assert await bodies(fetcher, KEYS[:20]) == BODIES[:20]
+    assert name.asked > 3
+    assert bucket.stats.requests["GET"] == 20, "none twice"
+
+
+async def test_name_that_goes_on_to_mean_nothing_is_an_error_that_names_it(lane, name):
+    async with Fetcher.open(first_contact=0.5) as fetcher:
+        with pytest.raises(EndpointUnreachable, match=r"s3://mnist/x/000: no connection to store\.lan:80.*check that"):
+            await bodies(fetcher, KEYS[:1])
+    assert name.asked
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(120)
+async def test_server_that_has_moved_while_its_name_meant_nothing_for_20_seconds_costs_no_sample(lane, name):
+    """Connections end, the name is not resolved for a while, and then stands for another place."""
+    async with Fetcher.open(hedging=False) as fetcher:
+        with Stocked() as name.server:
+            assert await bodies(fetcher, KEYS[:10]) == BODIES[:10]
+        name.server = None
+        rest = asyncio.create_task(bodies(fetcher, KEYS[10:]))
+        await asyncio.sleep(20)
+        assert not rest.done()
+        with Stocked() as name.server:
+            assert await rest == BODIES[10:]
+            assert name.server.stats.requests["GET"] == 90, "none twice"
 
 
 def test_endpoint_that_stays_away_is_an_error_that_names_host_and_port_out_of_a_worker(lane, monkeypatch, bucket):
