@@ -193,7 +193,10 @@ def proxy(aws, monkeypatch):
                 self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
                 join(self.connection, server)
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Tunnel) as listener:
+    class Proxy(socketserver.ThreadingTCPServer):
+        daemon_threads = True  # nobody waits for a client that keeps its connection
+
+    with Proxy(("127.0.0.1", 0), Tunnel) as listener:
         thread = threading.Thread(target=listener.serve_forever, args=(0.01,))
         thread.start()
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{listener.server_address[1]}")
