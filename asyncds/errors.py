@@ -12,6 +12,7 @@
         ├── ObjectNotFound (FileNotFoundError)     list the prefix again
         ├── ObjectChanged                          list the prefix again, with refresh
         ├── EndpointUnreachable (ConnectionError)  check the host, the port and the network; retried
+        ├── EndpointUntrusted                      check the host's name, its certificate and AWS_CA_BUNDLE
         ├── TransferFailed                         the store or the network is ill; retried
         └── DeadlineExceeded (TimeoutError)        no complete answer in time, whatever was tried
 
@@ -29,6 +30,7 @@ __all__ = [
     "DeadlineExceeded",
     "EmptyDataset",
     "EndpointUnreachable",
+    "EndpointUntrusted",
     "ObjectChanged",
     "ObjectNotFound",
     "RankLost",
@@ -107,6 +109,10 @@ class EndpointUnreachable(StoreError, ConnectionError):
 
     transient = True
     remedy = "check that the server runs, and the host and port in AWS_ENDPOINT_URL or MINIO_URL"
+
+
+class EndpointUntrusted(StoreError):
+    """The certificate is not that of the host, has expired, or comes from an authority that is not known here."""
 
 
 class TransferFailed(StoreError):

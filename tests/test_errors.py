@@ -56,7 +56,7 @@ def test_built_in_base_catches_it(name, base):
 
 def test_all_that_a_store_answers_is_caught_as_one():
     told = {"AccessDenied", "BucketNotFound", "ObjectNotFound", "ObjectChanged", "EndpointUnreachable"}
-    told |= {"TransferFailed", "DeadlineExceeded", "StoreError"}
+    told |= {"EndpointUntrusted", "TransferFailed", "DeadlineExceeded", "StoreError"}
     assert {kind.__name__ for kind in CLASSES if issubclass(kind, StoreError)} == told
 
 

@@ -25,6 +25,7 @@ from asyncds.errors import (
     AccessDenied,
     AsyncdsError,
     EndpointUnreachable,
+    EndpointUntrusted,
     ObjectChanged,
     ObjectNotFound,
     StoreError,
@@ -494,13 +495,34 @@ def test_tls_that_turns_bad_is_refused_without_a_retry(authority, tmp_path, monk
             while server.stats.connections_open:
                 time.sleep(0.005)
             server.reset_counts()
-            with pytest.raises(StoreError, match=r"s3://mnist/x/007: TLS is refused .*check the host name, or AWS_CA"):
+            with pytest.raises(EndpointUntrusted, match=r"s3://mnist/x/007: TLS is refused .*, or AWS_CA"):
                 dataset[7]
             assert dataset.stats()["retries"] == 0
-        with opened() as dataset, pytest.raises(StoreError, match="listing s3://mnist/x/: TLS is refused"):
+        with opened() as dataset, pytest.raises(EndpointUntrusted, match="listing s3://mnist/x/: TLS is refused"):
             len(dataset)
         assert server.stats.total == 0
         assert server.stats.connections_total <= 2
+
+
+def test_tls_that_is_refused_for_another_reason_is_no_matter_of_trust(authority, tmp_path, monkeypatch, bucket):
+    """A server that wants TLS 1.1 and nothing newer, say."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://127.0.0.1:{listener.getsockname()[1]}")
+
+        def alert():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(b"\x15\x03\x01\x00\x02\x02\x46")  # fatal: protocol version
+
+        threading.Thread(target=alert, daemon=True).start()
+        with opened(first_contact=0.5) as dataset, pytest.raises(StoreError) as caught:
+            len(dataset)
+        listener.shutdown(socket.SHUT_RDWR)
+    assert type(caught.value) is StoreError
+    assert "TLS is refused" in str(caught.value)
 
 
 def test_clock_that_is_off_is_told_with_both_dates_out_of_a_worker(lane, monkeypatch, bucket):

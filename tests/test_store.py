@@ -49,6 +49,7 @@ from asyncds.fetcher import Fetcher
 from asyncds.manifest import ObjectInfo
 from asyncds.retry import Retry
 from asyncds.store import Connection, ObjectStore, S3Store
+from asyncds.store.clients import Clients
 from asyncds.store.lean import Credentials, Template
 from asyncds.testing import FakeStore, Fault, S3Server, local_s3
 
@@ -371,7 +372,7 @@ async def test_session_of_the_user_brings_its_own_credentials(real, make):
 
 async def test_pages_are_read_without_dates_and_those_of_other_clients_as_botocore_does(s3, monkeypatch):
     session = aiobotocore.session.AioSession()
-    monkeypatch.setattr(S3Store, "_session", lambda _: session)
+    monkeypatch.setattr(Clients, "_own_session", lambda _: session)
     s3.put("mnist", "k", b"x")
     async with opened(connection_to(s3.endpoint)) as store:
         assert [info.key for info in await listed(store, "mnist")] == ["k"]

@@ -18,6 +18,7 @@ from asyncds.errors import (
     BucketNotFound,
     ConfigurationError,
     EndpointUnreachable,
+    EndpointUntrusted,
     ObjectChanged,
     ObjectNotFound,
     StoreError,
@@ -72,8 +73,10 @@ def translate(error: Exception, what: str, hint: str = "", where: str = "this en
     if any(sign in f"{error} {_reason(error)}" for sign in ("WRONG_VERSION_NUMBER", "RECORD_LAYER")):
         remedy = "write http:// in the endpoint, or MINIO_SECURE=false"
         return ConfigurationError(f"{what}: the server speaks plain http, not TLS; {remedy}")
-    if isinstance(error, boto.SSLError) or isinstance(error.__cause__, ssl.SSLCertVerificationError):
-        return StoreError(f"{what}: TLS is refused ({_reason(error)}); check the host name, or AWS_CA_BUNDLE")
+    if _is_untrusted(error):
+        return EndpointUntrusted(f"{what}: TLS is refused ({_reason(error)}); check the host name, or AWS_CA_BUNDLE")
+    if isinstance(error, boto.SSLError):
+        return StoreError(f"{what}: TLS is refused ({_reason(error)})")
     if isinstance(error, NoConnection):
         return _unreachable(f"{what}: no connection to {error} ({_reason(error)})", hint)
     if isinstance(error, _UNREACHABLE):
@@ -92,6 +95,13 @@ def translate(error: Exception, what: str, hint: str = "", where: str = "this en
     if isinstance(error, boto.BotoCoreError):
         return ConfigurationError(f"{what}: {' '.join(str(error).split())}")
     return StoreError(f"{what}: {type(error).__name__}: {error}")
+
+
+def _is_untrusted(error: Exception) -> bool:
+    """Whether it is the certificate that is refused, on either lane."""
+    inner = getattr(error, "kwargs", {}).get("error")
+    refusals = (ssl.SSLCertVerificationError, aiohttp.ClientConnectorCertificateError)
+    return isinstance(error.__cause__, refusals) or isinstance(inner, refusals)
 
 
 def _unreachable(message: str, hint: str) -> AsyncdsError:
