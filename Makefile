@@ -15,12 +15,13 @@ SOAK_S ?= 60
 PARALLEL := --numprocesses 3 --dist worksteal
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint test-newest test-oldest test-full-lane test-thorough soak bench bench-peers docs servers clean
+.PHONY: help demo test lint test-newest test-oldest test-full-lane test-minio test-thorough soak bench bench-peers docs servers clean
 
 help:
 	@echo "make demo    train on handwritten digits from a local S3 server, and see the difference"
 	@echo "make test    lint, type check, and all tests; some again with the oldest aiobotocore, and on the full lane"
 	@echo "make test-thorough  what varies these at length, and Lightning and Accelerate, and examples with MinIO (ten minutes more)"
+	@echo "make test-minio  what only a real MinIO shows, also at length, behind toxiproxy, too; takes Go (two minutes)"
 	@echo "make bench   cold and warm epochs beside one request per sample, and beside local files; memory; tables"
 	@echo "make bench-peers  the same beside other libraries, in environments of their own, and one GET by itself"
 	@echo "make soak    a minute of training through faults of network, disk and processes at random; SOAK_S=3600 for an hour"
@@ -49,6 +50,10 @@ test-oldest: $(OLDEST)/.test
 # What brings objects, and what can go wrong with that, once more without the lean lane.
 test-full-lane: $(VENV)/.test
 	$(BIN)/python -m pytest $(PARALLEL) --lane full $(addprefix tests/test_,$(addsuffix .py,$(BRINGING)))
+
+# What only a real server shows: also 20,000 keys, 200 MB, and an absence of 20 s.
+test-minio: $(VENV)/.test servers
+	$(BIN)/python -m pytest $(PARALLEL) -m "thorough or not thorough" tests/test_minio.py tests/test_toxiproxy.py
 
 test-thorough: $(VENV)/.test
 	$(BIN)/python $(PIP) --editable '.[test,frameworks]'

@@ -172,10 +172,11 @@ def test_overwritten_version_is_never_taken_for_the_listed_one(start, lane):
     client.close()
 
 
-def test_empty_and_large_objects_arrive_whole(start):
+@pytest.mark.parametrize("megabytes", [40, pytest.param(200, marks=pytest.mark.thorough)])
+def test_empty_and_large_objects_arrive_whole(start, megabytes):
     minio = start()
     minio.put("mnist", [])
-    client, large = minio.client, os.urandom(1 << 20) * 40
+    client, large = minio.client, os.urandom(1 << 20) * megabytes
     client.put_object(Bucket="mnist", Key="empty", Body=b"")
     client.upload_fileobj(io.BytesIO(large), "mnist", "large", Config=TransferConfig(multipart_chunksize=8 << 20))
     client.close()
