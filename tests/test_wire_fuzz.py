@@ -616,8 +616,9 @@ async def test_object_whose_answer_is_odd_comes_down_the_full_lane(size):
             else:
                 assert (result[1], store.lanes) == (b"good", lanes + Counter(answer=1))
             assert met.pop() == oddity
-            assert (await store.get(ObjectInfo("b", "other", size)))[1] == b"good"
-            assert store.lanes["lean"] == lanes["lean"] + 1
+            for _ in range(4):  # so many make up for an odd one
+                assert (await store.get(ObjectInfo("b", "other", size)))[1] == b"good"
+            assert store.lanes["lean"] == lanes["lean"] + 4
 
 
 async def test_object_whose_every_answer_is_odd_is_an_error_that_says_why():
