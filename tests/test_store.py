@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import datetime
+import errno
 import functools
 import gzip
 import hashlib
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiobotocore.session
+import aiohttp
 import botocore.session
 import pytest
 from botocore.auth import S3SigV4Auth
@@ -48,6 +50,7 @@ from asyncds.errors import (
 from asyncds.fetcher import Fetcher
 from asyncds.manifest import ObjectInfo
 from asyncds.retry import Retry
+from asyncds.settings import Settings
 from asyncds.store import Connection, ObjectStore, S3Store
 from asyncds.store.clients import Clients
 from asyncds.store.lean import Credentials, Template
@@ -1058,3 +1061,20 @@ async def test_tls_is_refused_for_the_wrong_host_or_an_unknown_authority(tmp_pat
                     await fetcher.get(ObjectInfo("b", "k"))
         assert fetcher.told == []
         assert len(asked) == (2 if served else 0)
+
+
+async def test_kept_connection_is_used_on_the_full_lane_where_no_descriptor_is_left_for_a_new_one(s3, monkeypatch):
+    s3.put("mnist", "a", b"body")
+    info, opened = ObjectInfo("mnist", "a", 4), aiohttp.TCPConnector._create_connection
+    store = S3Store(Connection.resolve(Settings()), concurrency=1, timeout=5, retry=Retry(0, 5, 5), lean=False)
+
+    async def scarce(connector, request, *arguments, **options):
+        if connector.force_close:
+            raise aiohttp.ClientConnectorError(request.connection_key, OSError(errno.EMFILE, "Too many open files"))
+        return await opened(connector, request, *arguments, **options)
+
+    assert (await store.get(info))[1] == b"body"
+    monkeypatch.setattr(aiohttp.TCPConnector, "_create_connection", scarce)
+    assert (await store.again(info))[1] == b"body"
+    assert s3.stats.connections_total == 1
+    await store.aclose()

@@ -1,6 +1,7 @@
 """S3 and what speaks its language, through aiobotocore: the only code that sends requests."""
 
 import asyncio
+import errno
 import itertools
 import logging
 import re
@@ -12,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from botocore.exceptions import EndpointConnectionError
 from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 
@@ -178,9 +180,8 @@ class S3Store:
     async def head(self, bucket: str, key: str) -> ObjectInfo:
         """Return size and ETag of an object. Raises `ObjectNotFound`, also where the bucket is missing."""
         info = ObjectInfo(bucket, key)
-        client = await self._opened(info.uri)
         arguments = {"Bucket": bucket, "Key": key}
-        answer = await self._retry(lambda _: self._asked(client.head_object, arguments, info.uri), info.uri)
+        answer = await self._retry(lambda _: self._asked("head_object", arguments, info.uri), info.uri)
         return ObjectInfo(bucket, key, answer["ContentLength"], normalise_etag(answer.get("ETag")))
 
     async def aclose(self) -> None:
@@ -264,7 +265,6 @@ class S3Store:
     async def _full(
         self, info: ObjectInfo, reserve: Reserve, part: slice | None, why: Why, *, fresh: bool = False
     ) -> tuple[ObjectInfo, bytes]:
-        client = await self._client_of(info.uri, anew=fresh)
         arguments = {"Bucket": info.bucket, "Key": info.key}
         if info.etag is not None:
             arguments["IfMatch"] = f'"{info.etag}"'
@@ -273,7 +273,7 @@ class S3Store:
         reset = _now_fetching.set(info)
         try:
             async with asyncio.timeout(2 * self._timeout):  # to connect, and to answer: a head may drip, too
-                answer = await client.get_object(**arguments)
+                answer = await self._send("get_object", arguments, info.uri, anew=fresh)
             stream = answer["Body"]
             async with stream:  # from here on, whatever it is: else its connection is held until it is collected
                 served = normalise_etag(answer.get("ETag"))
@@ -389,10 +389,9 @@ class S3Store:
     # the client
 
     async def _page(self, arguments: dict[str, str], what: str, numbers: Iterator[int], _clock: object) -> Any:
-        await self._opened(what)
-        client = await self._client_of(what, anew=next(numbers) > 0)
+        client = await self._opened(what)
         try:
-            page = await self._asked(client.list_objects_v2, arguments, what)
+            page = await self._asked("list_objects_v2", arguments, what, anew=next(numbers) > 0)
         except ObjectNotFound:  # a 404 that does not say NoSuchBucket
             raise BucketNotFound(
                 f"{what}: {client.meta.endpoint_url} is no S3 server (404); check the endpoint"
@@ -401,11 +400,23 @@ class S3Store:
             raise TransferFailed(f"{what}: the answer is no listing").because("check that the endpoint is an S3 server")
         return page
 
-    async def _asked(self, method: Callable[..., Any], arguments: dict[str, str], what: str) -> Any:
+    async def _asked(self, method: str, arguments: dict[str, str], what: str, *, anew: bool = False) -> Any:
         try:
-            return await method(**arguments)
+            return await self._send(method, arguments, what, anew=anew)
         except Exception as error:
             raise self._explained(error, what) from error
+
+    async def _send(self, method: str, arguments: dict[str, str], what: str, *, anew: bool) -> Any:
+        """Have a client send a request: over a connection of its own, unless no descriptor is left for one."""
+        kept = await self._opened(what)
+        if anew and self._clients is not None:
+            try:
+                return await getattr(await self._clients.client(anew=True), method)(**arguments)
+            except (EndpointConnectionError, OSError) as error:
+                inner = error.kwargs["error"] if isinstance(error, EndpointConnectionError) else error
+                if getattr(inner, "errno", None) not in (errno.EMFILE, errno.ENFILE):
+                    raise
+        return await getattr(kept, method)(**arguments)
 
     async def _opened(self, what: str) -> Any:
         if self._loop is not asyncio.get_running_loop():  # another process's, after a fork, or another life
@@ -421,18 +432,15 @@ class S3Store:
                 prepare=self._prepare,
             )
         if self._client is None:
-            client = await self._client_of(what)
+            assert self._clients is not None
+            try:
+                client = await self._clients.client()
+            except Exception as error:
+                raise self._explained(error, what) from error
             if self._client is None:
                 self._lane = _lean_lane(client, self._timeout) if self._may_be_lean else None
                 self._client = client
         return self._client
-
-    async def _client_of(self, what: str, *, anew: bool = False) -> Any:
-        assert self._clients is not None
-        try:
-            return await self._clients.client(anew=anew)
-        except Exception as error:
-            raise self._explained(error, what) from error
 
     def _prepare(self, client: Any) -> None:
         events = client.meta.events
