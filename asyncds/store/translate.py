@@ -31,6 +31,7 @@ from asyncds.store.wire import BrokenConnection, NoConnection
 __all__ = ["has_expired", "status_error", "translate"]
 
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "403", "401"}
+_WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"}  # whatever the policy says
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 _UNREACHABLE = (
     boto.EndpointConnectionError,
@@ -160,7 +161,8 @@ def status_error(
         return AccessDenied(f"{told} from {where}: the session token has expired; {remedy}")
     if code in _DENIED or status in (401, 403):
         detail = f" ({message.rstrip('.')})" if message else ""
-        return AccessDenied(f"{told}{detail} from {where}; {hint or 'check the credentials'} and the bucket's policy")
+        policy = "" if code in _WRONG_KEYS else " and the bucket's policy"
+        return AccessDenied(f"{told}{detail} from {where}; {hint or 'check the credentials'}{policy}")
     if code == "InvalidBucketName":
         return ConfigurationError(f"{what}: {_NO_BUCKET}")
     error = StoreError(f"{told}{f' ({message})' if message else ''}")
