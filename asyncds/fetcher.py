@@ -233,7 +233,7 @@ class Fetcher:
         self._slots.listeners.add(self)
         self._unarrived = self._expected = 0  # downloads under way whose object is not there yet, and bytes of all
         self._writer = Writer(cache, tag) if cache is not None else None
-        self._whole_only = False  # the store has been found to send no parts
+        self._whole_only: set[str] = set()  # buckets of which the store has been found to send no parts
         self._boarding: list[Flight] = []
         self._late: list[Flight] = []
         self._closed = False
@@ -608,7 +608,7 @@ class Fetcher:
         cache, info = self._cache, flight.known
         if cache is None or self._writer is None or info.size is None or info.size <= LARGE or info.etag is None:
             return None
-        if self._whole_only or not self._admits(info.size):
+        if info.bucket in self._whole_only or not self._admits(info.size):
             return None
         run = self._writer.run
         beginning = run(cache.begin, flight.id, info.etag, info.size, self._tag)
@@ -630,7 +630,7 @@ class Fetcher:
             elif not isinstance(error, NoParts):
                 raise
             else:
-                self._whole_only = True
+                self._whole_only.add(info.bucket)
             return None
 
     def _deliver(self, flight: Flight, fetched: Fetched) -> None:

@@ -119,10 +119,12 @@ class Portal:
             insist_on_a_loader()
 
     def _abandon(self, under_way: "_Call[Any]") -> None:
-        if self.alive:
-            self.post(under_way.cancel)
-            with contextlib.suppress(Empty):
-                under_way.ended.get(timeout=_PATIENCE_S)
+        if not self.alive:
+            under_way.forget()
+            return
+        self.post(under_way.cancel)
+        with contextlib.suppress(Empty):
+            under_way.ended.get(timeout=_PATIENCE_S)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -144,7 +146,7 @@ class Portal:
 
 
 class _Call(Generic[T]):
-    """A coroutine that a thread waits for; the methods are called on the loop.
+    """A coroutine that a thread waits for; the methods are called on the loop, as long as it runs.
 
     The queue is all that both threads have in common. A future, a condition or an event is left locked by an interrupt
     that comes just after its lock was taken, or just before it is let go of: the loop would wait for it for ever.
@@ -165,6 +167,11 @@ class _Call(Generic[T]):
         assert self._task is not None
         self._task.cancel()
         self._task.add_done_callback(self._tell)  # once more, for it may have been taken out already
+
+    def forget(self) -> None:
+        """The loop has ended, and will not begin it."""
+        if self._task is None:
+            self._coroutine.close()
 
     def _tell(self, task: "asyncio.Task[T]") -> None:
         if not task.cancelled():

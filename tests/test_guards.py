@@ -341,3 +341,28 @@ async def test_whatever_is_no_region_leads_nowhere(dns, lane, untold):
     assert dns.asked.keys() == {f"s3.{HERE}.amazonaws.com"}
     assert dns.requests()[HERE].total() <= 8
     assert not dns.requests()[THERE]
+
+
+BERLIN = {"x-amz-bucket-region": "Berlin"}
+
+
+async def test_region_that_an_endpoint_of_ones_own_says_at_every_answer_is_as_it_likes(s3, monkeypatch):
+    monkeypatch.setenv("AWS_REGION", "Berlin")
+    s3.put("mnist", "x/a", b"one")
+    s3.script("mnist", None, [Fault.headers(BERLIN)], operation="LIST", forever=True)
+    s3.script("mnist", None, [Fault.headers(BERLIN)], forever=True)
+    with CachedS3MapDataset.from_prefix("s3://mnist/x/", transform=S3Reader.read) as dataset:
+        assert list(dataset) == [b"one"]
+
+
+@pytest.mark.parametrize("lane", ["full", pytest.param("auto", marks=pytest.mark.lean)])
+def test_redirect_of_an_endpoint_of_ones_own_names_its_place_whatever_region_it_says(s3, lane):
+    s3.put_many("mnist", {"x/a": b"one", "x/b": b"two"})
+    elsewhere = {"Location": "http://127.0.0.1:9/elsewhere", "x-amz-bucket-region": "us-east-1"}
+    with CachedS3MapDataset.from_prefix("s3://mnist/x/", transform=S3Reader.read, lane=lane) as dataset:
+        assert dataset[0] == b"one"
+        s3.reset_counts()
+        s3.script("mnist", "x/b", [Fault.status(307, headers=elsewhere)], forever=True)
+        with pytest.raises(StoreError, match=r"redirects to 'http://127\.0\.0\.1:9/elsewhere': refused"):
+            dataset[1]
+    assert s3.stats.requests["GET"] == (1 if lane == "full" else 2)

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import datetime
 import errno
 import functools
@@ -21,8 +22,10 @@ from typing import Any
 
 import aiobotocore.session
 import aiohttp
+import aiohttp.abc
 import botocore.session
 import pytest
+from aiobotocore.config import AioConfig
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest, AWSResponse
 from botocore.config import Config
@@ -1077,4 +1080,96 @@ async def test_kept_connection_is_used_on_the_full_lane_where_no_descriptor_is_l
     monkeypatch.setattr(aiohttp.TCPConnector, "_create_connection", scarce)
     assert (await store.again(info))[1] == b"body"
     assert s3.stats.connections_total == 1
+    await store.aclose()
+
+
+class Known(aiohttp.abc.AbstractResolver):
+    """Knows where store.invalid.lan is, and nobody else does."""
+
+    async def resolve(self, host, port=0, family=socket.AF_INET):
+        return [{"hostname": host, "host": "127.0.0.1", "port": port, "family": family, "proto": 0, "flags": 0}]
+
+    async def close(self):
+        pass
+
+
+def session_with_a_resolver():
+    session = aiobotocore.session.AioSession()
+    session.set_default_client_config(AioConfig(connector_args={"resolver": Known()}))
+    return session
+
+
+def store_on(endpoint, **options):
+    retry = Retry(2, 5, 5)
+    return S3Store(Connection.resolve(Settings(), endpoint=endpoint), concurrency=2, timeout=5, retry=retry, **options)
+
+
+async def test_retries_reach_the_store_as_the_users_session_says(s3):
+    s3.put("mnist", "a", b"body")
+    endpoint = s3.endpoint.replace("127.0.0.1", "store.invalid.lan")
+    store, info = store_on(endpoint, session_factory=session_with_a_resolver), ObjectInfo("mnist", "a", 4)
+    assert (await store.get(info))[1] == (await store.again(info))[1] == b"body"
+    s3.script("mnist", None, [Fault.status(503)], operation="LIST", shared=True)
+    assert [info.key async for page in store.list("mnist", "") for info in page] == ["a"]
+    await store.aclose()
+
+
+@pytest.mark.parametrize("anew", [False, True])
+async def test_store_that_is_closed_while_a_client_is_made_leaves_nothing_open(s3, monkeypatch, anew):
+    s3.put("mnist", "a", b"body")
+    store, info, making, go_on = store_on(s3.endpoint, lean=False), ObjectInfo("mnist", "a", 4), *two_events()
+    if anew:
+        await store.get(info)
+    opened = Clients._open
+
+    async def slowly(clients, anew):
+        making.set()
+        await go_on.wait()
+        return await opened(clients, anew)
+
+    monkeypatch.setattr(Clients, "_open", slowly)
+    asking = asyncio.create_task(store.again(info) if anew else store.get(info))
+    await making.wait()
+    closing = asyncio.create_task(store.aclose())
+    await asyncio.sleep(0)
+    go_on.set()
+    await closing
+    with contextlib.suppress(AsyncdsError):  # whichever of the two came first
+        await asking
+    monkeypatch.undo()
+    await until_all_are_closed(s3)
+
+
+def two_events():
+    return asyncio.Event(), asyncio.Event()
+
+
+async def until_all_are_closed(server):
+    async with asyncio.timeout(10):
+        while server.stats.connections_open:
+            await asyncio.sleep(0.01)
+
+
+async def test_store_that_is_closed_while_a_listing_waits_is_not_opened_again(s3):
+    s3.put("mnist", "a", b"body")
+    store = store_on(s3.endpoint)
+    s3.script("mnist", None, [Fault.slow_down(retry_after=1)], operation="LIST", shared=True)
+    listing = asyncio.create_task(store.page("mnist", ""))
+    async with asyncio.timeout(10):
+        while not s3.stats.requests["LIST"]:
+            await asyncio.sleep(0.01)
+    await store.aclose()
+    with pytest.raises(AsyncdsError):
+        await listing
+    assert s3.stats.requests["LIST"] == 1
+    assert store._clients is None
+    await until_all_are_closed(s3)
+
+
+async def test_head_is_asked_for_again_over_another_connection(s3):
+    s3.put("mnist", "a", b"body")
+    store = store_on(s3.endpoint)
+    s3.script("mnist", "a", [Fault.status(503)], operation="HEAD")
+    assert (await store.head("mnist", "a")).size == 4
+    assert s3.stats.connections_total == 2
     await store.aclose()

@@ -126,7 +126,7 @@ def _listed(source: "Source", work: "Callable[[Selection], Plan | WarmReport]", 
     try:
         _ = source.manifest
     except AccessDenied as error:
-        if "policy" not in str(error):
+        if "and the bucket's policy" not in str(error):
             raise
         raise AccessDenied(
             f"{error}; a bucket that forbids listing, but not GET, is warmed by --from-manifest"

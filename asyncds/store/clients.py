@@ -8,6 +8,7 @@ from typing import Any
 
 from botocore.loaders import create_loader
 
+from asyncds.errors import DatasetClosed
 from asyncds.store.connection import Connection
 from asyncds.store.guard import guard
 from asyncds.store.masking import mask_logs
@@ -15,6 +16,7 @@ from asyncds.store.pages import read_pages_first
 
 __all__ = ["Clients", "has_foreign_handlers"]
 
+_EACH_ANEW = {"force_close": True, "keepalive_timeout": None}
 _KNOWN = {"botocore", "aiobotocore", "boto3", "aioboto3", "asyncds"}
 _EVENTS = [
     "provide-client-params",
@@ -61,18 +63,28 @@ class Clients:
         self._making = asyncio.Lock()
         self._made: dict[bool, Any] = {}
         self._opened = AsyncExitStack()
+        self._closed = False
 
     async def client(self, *, anew: bool = False) -> Any:
-        """Return the client that keeps its connections, or the one that makes each anew. Raises what botocore does."""
+        """Return the client that keeps its connections, or the one that makes each anew.
+
+        Raises what botocore does, and `DatasetClosed` after `aclose`.
+        """
+        if anew:
+            await self.client()  # whose connector's arguments the other has, too
         if anew not in self._made:
             async with self._making:
+                if self._closed:
+                    raise DatasetClosed("the store was closed meanwhile")
                 if anew not in self._made:
                     self._made[anew] = await self._open(anew)
         return self._made[anew]
 
     async def aclose(self) -> None:
-        """Close their connections."""
-        await self._opened.aclose()
+        """Close their connections, also of one that is being made; none is made any more."""
+        self._closed = True
+        async with self._making:
+            await self._opened.aclose()
 
     async def _open(self, anew: bool) -> Any:
         mask_logs()
@@ -81,11 +93,15 @@ class Clients:
         make = getattr(self._session, "create_client", None) or self._session.client
         async with AsyncExitStack() as opened:
             client = await opened.enter_async_context(make("s3", **self._arguments(anew)))
-            guard(client)
+            guard(client, follow_regions=self._connection.endpoint is None)
             read_pages_first(client.meta.events)
             self._prepare(client)
             self._opened.push_async_callback(opened.pop_all().aclose)
         return client
+
+    def _connector_args(self) -> dict[str, Any]:
+        """What a session of the user's wants of connections: a resolver, say."""
+        return dict(getattr(self._made[False].meta.config, "connector_args", None) or {})
 
     def _own_session(self) -> Any:
         from aiobotocore.session import AioSession
@@ -107,7 +123,7 @@ class Clients:
             retries={"total_max_attempts": 1},
             s3=style[connection.path_style],
             **({"signature_version": UNSIGNED} if connection.unsigned else {}),
-            **({"connector_args": {"force_close": True, "keepalive_timeout": None}} if anew else {}),
+            **({"connector_args": self._connector_args() | _EACH_ANEW} if anew else {}),
         )
         arguments: dict[str, Any] = {"endpoint_url": connection.endpoint, "config": config}
         arguments["region_name"] = connection.region or _region_of(self._session) or "us-east-1"

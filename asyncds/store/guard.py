@@ -19,16 +19,16 @@ _LONGEST_DOCUMENT = 16 << 20  # that is no object: a page of a listing has up to
 _UNGUARDED = "this version of aiobotocore cannot be guarded: install one from 2.25.1 on, below 4"
 
 
-def guard(client: Any) -> None:
+def guard(client: Any, *, follow_regions: bool) -> None:
     """Never send a signed request, and a session token with it, to anybody but the endpoint.
 
     aiohttp follows a `Location` to wherever it points, and aiobotocore has no switch for that, up to 3.10 at least; so
-    every session of the client gets a trace that raises when it is about to. Where an answer names the bucket's region,
-    the `Location` is forgotten instead: botocore then goes to the endpoint that AWS has there. aiohttp reads headers as
-    UTF-8 only, and loses the connection of an answer that has others; so these are made so before. aiobotocore before
-    3.9 does not compare the host's name with its certificate, and behind a proxy verifies nothing; so it is given TLS
-    contexts that do. Raises `StoreError` where there is nothing to
-    attach that to, here or when the first request is to be sent.
+    every session of the client gets a trace that raises when it is about to. With `follow_regions`, where an answer
+    names the bucket's region, the `Location` is forgotten instead: botocore then goes to the endpoint that AWS has
+    there. aiohttp reads headers as UTF-8 only, and loses the connection of an answer that has others; so these are made
+    so before. aiobotocore before 3.9 does not compare the host's name with its certificate, and behind a proxy verifies
+    nothing; so it is given TLS contexts that do. Raises `StoreError` where there is nothing to attach that to, here or
+    when the first request is to be sent.
     """
     http_session: Any = getattr(getattr(client, "_endpoint", None), "http_session", None)
     get_session = getattr(http_session, "_get_session", None)
@@ -37,7 +37,7 @@ def guard(client: Any) -> None:
         raise StoreError(_UNGUARDED)
     verify = getattr(http_session, "_verify", True)
     trace = aiohttp.TraceConfig()
-    trace.on_request_redirect.append(_refuse_redirect)
+    trace.on_request_redirect.append(partial(_refuse_redirect, follow_regions))
     timeout: float = client.meta.config.read_timeout
     trace.on_request_end.append(partial(_make_readable, timeout))
     trace.freeze()
@@ -61,9 +61,11 @@ def guard(client: Any) -> None:
     http_session._get_session = guarded
 
 
-async def _refuse_redirect(session: object, context: object, request: aiohttp.TraceRequestRedirectParams) -> None:
+async def _refuse_redirect(
+    follow_regions: bool, session: object, context: object, request: aiohttp.TraceRequestRedirectParams
+) -> None:
     response: Any = request.response
-    if response.headers.get("x-amz-bucket-region") and _forgotten(response, "Location", "URI"):
+    if follow_regions and response.headers.get("x-amz-bucket-region") and _forgotten(response, "Location", "URI"):
         return
     place = response.headers.get("Location", "")
     raise StoreError(f"{request.url.host} redirects to {said(place)!r}: refused; check the endpoint")
@@ -86,7 +88,7 @@ async def _make_readable(timeout: float, session: object, context: object, end: 
     headers = getattr(response, "_raw_headers", None)  # the property without the underscore keeps what it once gave
     if headers is None:
         response.close()
-        raise StoreError("this version of aiohttp cannot be guarded: install one from 3.10 on")
+        raise StoreError("this version of aiohttp cannot be guarded: install one from 3.11 on")
     try:
         b"".join(value for _, value in headers).decode()
     except UnicodeDecodeError:

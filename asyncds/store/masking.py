@@ -20,6 +20,7 @@ _NAMED = re.compile(
 )
 
 
+_ESCAPE = re.compile("%[0-9A-F]{2}")
 _SHORTEST = 8  # letters of a secret that is looked for: a shorter one is in many a word
 _LONGEST, _LOOKED_AT = 200, 20_000  # letters of what an answer says
 _hidden: set[str] = set()
@@ -28,8 +29,9 @@ _hidden: set[str] = set()
 def hide(secrets: Iterable[str]) -> None:
     """Mask these values, too, under whatever name they turn up: a server may repeat what it was sent."""
     for secret in secrets:
-        if len(secret) >= _SHORTEST:
-            _hidden.update((secret, quote(secret), quote(secret, safe="")))
+        if len(secret) >= _SHORTEST and secret not in _hidden:
+            quoted = {quote(secret), quote(secret, safe="")}
+            _hidden.update(quoted, {_ESCAPE.sub(lambda escape: escape[0].lower(), text) for text in quoted}, {secret})
 
 
 def mask(text: str) -> str:
@@ -41,8 +43,11 @@ def mask(text: str) -> str:
 
 def said(text: object) -> str:
     """What an answer says, in a line of some words, and without secrets: who answers may be anybody."""
-    short = mask(str(text)[:_LOOKED_AT])[:_LONGEST]
-    letters = (letter if letter.isprintable() else " " for letter in short)
+    whole = str(text)
+    masked = mask(whole[:_LOOKED_AT])
+    if len(whole) > _LOOKED_AT:  # amid a secret, perhaps
+        masked = masked[: max(0, len(masked) - max(map(len, tuple(_hidden)), default=0))]
+    letters = (letter if letter.isprintable() else " " for letter in masked[:_LONGEST])
     return " ".join("".join(letters).split())
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from botocore.exceptions import EndpointConnectionError
+from botocore.exceptions import BotoCoreError
 from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 
@@ -21,6 +21,7 @@ from asyncds.errors import (
     AsyncdsError,
     BucketNotFound,
     ConfigurationError,
+    DatasetClosed,
     ObjectChanged,
     ObjectNotFound,
     StoreError,
@@ -43,7 +44,7 @@ _log = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 _FRESH_S, _STALE_S = 1.0, 60.0
 _SIZE = re.compile("[0-9]{1,18}")
-_REGION = re.compile("[a-z0-9-]{1,63}")
+_REGION = re.compile("[A-Za-z0-9-]{1,63}")  # what botocore takes for one
 _ENCRYPTION = "x-amz-server-side-encryption", "x-amz-server-side-encryption-customer-algorithm"
 _ENCRYPTION_BYTES = tuple(name.encode() for name in _ENCRYPTION)
 _now_fetching: ContextVar[ObjectInfo | None] = ContextVar("_now_fetching", default=None)
@@ -53,7 +54,7 @@ _token_sent: ContextVar[str | None] = ContextVar("_token_sent", default=None)
 class S3Store:
     """An `ObjectStore` on S3, MinIO and their like.
 
-    Made anywhere; its client, connections and credentials come to life on the event loop that first uses it, and
+    Made anywhere; its clients, connections and credentials come to life on the event loop that first uses it, and
     belong to that loop until `aclose()`, so that it can be forked. Pickles without keys: those of the environment count
     where it is unpickled. `session_factory` is a picklable callable that returns an `aioboto3.Session`
     or an aiobotocore session, which then brings the credentials. Listing and `head` are retried by `retry`; `get` is
@@ -126,6 +127,7 @@ class S3Store:
         arguments = {"Bucket": bucket, "Prefix": prefix}
         if token is not None or after:
             arguments |= {"StartAfter": after} if token is None else {"ContinuationToken": token}
+        await self._opened(what)
         page = await self._retry(partial(self._page, arguments, what, itertools.count()), what)
         entries = page.get("Contents", ())
         objects = [ObjectInfo(bucket, e["Key"], e["Size"], normalise_etag(e.get("ETag"))) for e in entries]
@@ -138,6 +140,7 @@ class S3Store:
         """Return up to 1,000 of the common prefixes up to the next slash."""
         what = f"listing s3://{bucket}/{prefix}"
         arguments = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
+        await self._opened(what)
         page = await self._retry(partial(self._page, arguments, what, itertools.count()), what)
         return [common["Prefix"] for common in page.get("CommonPrefixes", ())]
 
@@ -161,7 +164,7 @@ class S3Store:
             await self._turn_to_learn(info.bucket)
         if self._lane is not None and self._lane.knows(info.bucket):
             answer = await self._lean(self._lane, info, reserve, part, fresh=fresh)
-            return answer or await self._full(info, reserve, part, "answer")
+            return answer or await self._full(info, reserve, part, "answer", fresh=fresh)
         return await self._full(info, reserve, part, self._why_full(info.bucket), fresh=fresh)
 
     def ask(self, info: ObjectInfo, outcome: Outcome, until: float) -> Drop | None:
@@ -181,7 +184,11 @@ class S3Store:
         """Return size and ETag of an object. Raises `ObjectNotFound`, also where the bucket is missing."""
         info = ObjectInfo(bucket, key)
         arguments = {"Bucket": bucket, "Key": key}
-        answer = await self._retry(lambda _: self._asked("head_object", arguments, info.uri), info.uri)
+        numbers = itertools.count()
+        await self._opened(info.uri)
+        answer = await self._retry(
+            lambda _: self._asked("head_object", arguments, info.uri, anew=next(numbers) > 0), info.uri
+        )
         return ObjectInfo(bucket, key, answer["ContentLength"], normalise_etag(answer.get("ETag")))
 
     async def aclose(self) -> None:
@@ -224,7 +231,7 @@ class S3Store:
         except Exception as error:
             raise self._explained(error, info.uri) from error
         if answer.status == 429 or answer.status >= 500:
-            raise _refusal(answer, info)
+            raise self._refusal(answer, info)
         return None
 
     def _served(self, info: ObjectInfo, answer: Answer, part: slice | None = None) -> ObjectInfo:
@@ -258,7 +265,7 @@ class S3Store:
         elif served is not None:
             outcome.came(served, answer.body)
         elif answer.status == 429 or answer.status >= 500:
-            outcome.otherwise(failed(_refusal(answer, info)))
+            outcome.otherwise(failed(self._refusal(answer, info)))
         else:
             outcome.otherwise(partial(self._full, info, no_bound, None, "answer"))
 
@@ -311,7 +318,7 @@ class S3Store:
         body, pace, now = Body(int(size)), Pace(self._timeout), asyncio.get_running_loop().time
         pace.begin(now())
         while body.missing >= 0:
-            async with asyncio.timeout(self._timeout):  # of which the bytes around a chunk are no part
+            async with asyncio.timeout(self._timeout):  # the framing of chunks may drip, too, and is no progress
                 chunk = await stream.read(min(body.missing + 1, _CHUNK))
             if not chunk:
                 break
@@ -384,18 +391,23 @@ class S3Store:
         return 0
 
     def _explained(self, error: Exception, what: str) -> AsyncdsError:
-        return translate(error, what, self.connection.hint, self.connection.endpoint or "AWS")
+        return translate(error, what, self.connection.hint, self._where)
+
+    def _refusal(self, answer: Answer, info: ObjectInfo) -> AsyncdsError:
+        after = answer.headers.get(b"retry-after", b"").decode("latin-1")
+        return status_error(answer.status, "", info.uri, where=self._where, retry_after=after)
+
+    @property
+    def _where(self) -> str:
+        return self.connection.endpoint or "AWS"
 
     # the client
 
     async def _page(self, arguments: dict[str, str], what: str, numbers: Iterator[int], _clock: object) -> Any:
-        client = await self._opened(what)
         try:
             page = await self._asked("list_objects_v2", arguments, what, anew=next(numbers) > 0)
         except ObjectNotFound:  # a 404 that does not say NoSuchBucket
-            raise BucketNotFound(
-                f"{what}: {client.meta.endpoint_url} is no S3 server (404); check the endpoint"
-            ) from None
+            raise BucketNotFound(f"{what}: {self._where} is no S3 server (404); check the endpoint") from None
         if "IsTruncated" not in page:  # botocore takes any page of HTML for a listing of nothing
             raise TransferFailed(f"{what}: the answer is no listing").because("check that the endpoint is an S3 server")
         return page
@@ -408,17 +420,19 @@ class S3Store:
 
     async def _send(self, method: str, arguments: dict[str, str], what: str, *, anew: bool) -> Any:
         """Have a client send a request: over a connection of its own, unless no descriptor is left for one."""
-        kept = await self._opened(what)
-        if anew and self._clients is not None:
+        clients = self._clients
+        if clients is None:
+            raise DatasetClosed(f"{what}: the store was closed meanwhile")
+        if anew:
             try:
-                return await getattr(await self._clients.client(anew=True), method)(**arguments)
-            except (EndpointConnectionError, OSError) as error:
-                inner = error.kwargs["error"] if isinstance(error, EndpointConnectionError) else error
+                return await getattr(await clients.client(anew=True), method)(**arguments)
+            except (BotoCoreError, OSError) as error:
+                inner = getattr(error, "kwargs", {}).get("error", error)
                 if getattr(inner, "errno", None) not in (errno.EMFILE, errno.ENFILE):
                     raise
-        return await getattr(kept, method)(**arguments)
+        return await getattr(await clients.client(), method)(**arguments)
 
-    async def _opened(self, what: str) -> Any:
+    async def _opened(self, what: str) -> None:
         if self._loop is not asyncio.get_running_loop():  # another process's, after a fork, or another life
             self._loop = asyncio.get_running_loop()
             self._learning = {}
@@ -431,16 +445,18 @@ class S3Store:
                 session_factory=self._session_factory,
                 prepare=self._prepare,
             )
-        if self._client is None:
-            assert self._clients is not None
-            try:
-                client = await self._clients.client()
-            except Exception as error:
-                raise self._explained(error, what) from error
+        clients = self._clients
+        if self._client is not None or clients is None:
+            return
+        try:
+            client = await clients.client()
+            if self._clients is not clients:
+                raise DatasetClosed("the store was closed meanwhile")
             if self._client is None:
                 self._lane = _lean_lane(client, self._timeout) if self._may_be_lean else None
                 self._client = client
-        return self._client
+        except Exception as error:
+            raise self._explained(error, what) from error
 
     def _prepare(self, client: Any) -> None:
         events = client.meta.events
@@ -449,7 +465,8 @@ class S3Store:
         events.register("needs-retry.s3", self._renew_what_has_expired)
         if self.connection.endpoint is not None:
             events.register_first("needs-retry.s3", _refuse_wrong_region)
-        events.register_first("needs-retry.s3", _refuse_odd_region)
+        else:
+            events.register_first("needs-retry.s3", _refuse_odd_region)
 
 
 def _same_version(info: ObjectInfo, etag: str | None) -> None:
@@ -457,11 +474,6 @@ def _same_version(info: ObjectInfo, etag: str | None) -> None:
         raise TransferFailed(f"{info.uri}: the answer has no ETag: it does not come from S3")
     if info.etag is not None and etag != info.etag:
         raise ObjectChanged(f"{info.uri}: its ETag is {said(etag)}, not {info.etag}")
-
-
-def _refusal(answer: Answer, info: ObjectInfo) -> AsyncdsError:
-    after = answer.headers.get(b"retry-after", b"").decode("latin-1")
-    return status_error(answer.status, "", info.uri, retry_after=after)
 
 
 def _whole_size(content_range: str, part: slice, info: ObjectInfo) -> int:

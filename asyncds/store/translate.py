@@ -58,19 +58,34 @@ _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.C
 
 def translate(error: Exception, what: str, hint: str = "", where: str = "this endpoint") -> AsyncdsError:
     """Return the error to raise; `what` names the object, listing or bucket, `hint` whose keys were sent, and `where`
-    the endpoint. What the answer says is masked in `error`, too, which will be the cause of the other."""
+    the endpoint. What an answer says is masked in `error`, too, which will be the cause of the other."""
+    translated = _translated(error, what, hint, where)
+    _mask(error)
+    return translated
+
+
+def _mask(error: BaseException | None) -> None:
+    """Mask an error of botocore's, and those from which it comes."""
+    while error is not None and not isinstance(error, AsyncdsError):
+        error.args = tuple(said(argument) if isinstance(argument, str) else argument for argument in error.args)
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = said(message)  # type: ignore[attr-defined]
+        if isinstance(error, boto.ClientError):
+            told = {name: said(value) for name, value in error.response.get("Error", {}).items()}
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            error.response = {"Error": told, "ResponseMetadata": {"HTTPStatusCode": status}}
+        error = error.__cause__ or error.__context__
+
+
+def _translated(error: Exception, what: str, hint: str, where: str) -> AsyncdsError:
     inner = getattr(error, "kwargs", {}).get("error")
     for known in (error, inner):
         if isinstance(known, AsyncdsError):
             return known if what in str(known) or type(known) is not StoreError else StoreError(f"{what}: {known}")
+        if isinstance(known, BrokenConnection):
+            return TransferFailed(f"{what}: the connection broke ({known})")
     if isinstance(error, boto.ClientError):
-        translated = _of_response(error.response, what, hint, where)
-        error.args = (said(error),)
-        error.response = error.response | {
-            "Error": {name: said(value) for name, value in error.response.get("Error", {}).items()},
-            "ResponseMetadata": {"HTTPStatusCode": error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")},
-        }
-        return translated
+        return _of_response(error.response, what, hint, where)
     if any(sign in f"{error} {_reason(error)}" for sign in ("WRONG_VERSION_NUMBER", "RECORD_LAYER")):
         remedy = "write http:// in the endpoint, or MINIO_SECURE=false"
         return ConfigurationError(f"{what}: the server speaks plain http, not TLS; {remedy}")
@@ -84,8 +99,6 @@ def translate(error: Exception, what: str, hint: str = "", where: str = "this en
         return _unreachable(f"{what}: no connection to {_host(error)}", hint)
     if isinstance(error, ResponseParserError):
         return TransferFailed(f"{what}: the answer is not S3's").because("check that the endpoint is an S3 server")
-    if isinstance(error, BrokenConnection):
-        return TransferFailed(f"{what}: the connection broke ({error})")
     if isinstance(error, _BROKEN):
         failed = TransferFailed(f"{what}: the transfer broke ({type(error).__name__})")
         return failed.because(_SPEAKS_TLS) if _may_be_tls(error, what, where) else failed
