@@ -41,14 +41,26 @@ def spare_the_collector() -> None:
 
 
 def settle_in() -> None:
-    """What a worker does before its first batch, which may be all there is to be done if everything is cached."""
+    """What a worker does before its first batch, which may be all there is to be done if everything is cached.
+
+    One whose training process died before it began ends: torch takes whoever is its parent then for that process.
+    """
     global _settled, _parent
     if _settled != os.getpid():
-        _settled, _parent = os.getpid(), os.getppid()
+        _settled, _parent = os.getpid(), _first_parent()
         if is_worker():
+            if _is_orphan():
+                os._exit(1)
             util.Finalize(None, _leave_no_orphan, exitpriority=_BEFORE_QUEUES)
             _leave_interrupts_to_the_parent()
         spare_the_collector()
+
+
+def _first_parent() -> int:
+    """The process that started this one; of one from a fork server, that server."""
+    parent = multiprocessing.parent_process()
+    started = getattr(multiprocessing.current_process(), "_start_method", None)
+    return parent.ident or 0 if parent is not None and started in ("fork", "spawn") else os.getppid()
 
 
 def insist_on_a_loader() -> None:

@@ -570,6 +570,26 @@ def test_workers_whose_parent_was_killed_end(stalled):
     assert seconds < PROMISED_S
 
 
+BEFORE = """
+import multiprocessing, os, time
+
+def until_it_is_dead(_):
+    while os.getppid() == multiprocessing.parent_process().ident:
+        time.sleep(0.01)
+"""
+
+
+def test_workers_whose_parent_was_killed_before_they_began_end(bucket):
+    """torch takes whoever is their parent by then for the training process, and lets them wait for it for ever."""
+    script = BEFORE + ORPHANS.replace('context="fork"', 'context="fork", worker_init_fn=until_it_is_dead')
+    script = script.replace("print(", "assert all(queue._reader.poll(20) for queue in iterator._index_queues)\nprint(")
+    with Told(script) as told:
+        assert len(told.next()["workers"]) == 2
+        told.process.kill()
+        seconds, *_ = told.end()
+    assert seconds < ENOUGH_S
+
+
 def test_workers_whose_parent_was_killed_end_with_batches_that_nobody_takes(bucket):
     """A pipe holds 64 KiB of them."""
     script = ORPHANS.replace('methodcaller("read")', "lambda file: bytes(1 << 20)")

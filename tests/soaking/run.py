@@ -174,7 +174,7 @@ class Soak:
         for name, value in self._server.tally().items():
             current = getattr(outcome, name)
             setattr(outcome, name, Counter(value) if isinstance(current, Counter) else value)
-        self._wait_for_orphans()
+        outcome.kills["orphans that torch had given nothing to do"] += self._end_orphans_of_torch()
         outcome.problems = self._audit(mends=not outcome.round.keeps)
 
     def _replace_those_that_hang(self, outcome: Outcome) -> None:
@@ -253,6 +253,15 @@ class Soak:
         ):
             time.sleep(0.05)
         return orphans
+
+    def _end_orphans_of_torch(self) -> int:
+        """End workers that were forked as their training process was killed, and return how many there were: torch
+        takes their next parent for the first, and none of our code has run in them, which would have left a thread."""
+        idle = [pid for pid in self._wait_for_orphans() if len(os.listdir(f"/proc/{pid}/task")) == 1]
+        for pid in idle:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        return len(idle)
 
     def _look_for_leftovers(self) -> None:
         left = self._report.leftovers
