@@ -93,7 +93,12 @@ class Table:
             return None
         with contextlib.suppress(OSError):
             os.utime(self.path)
-        return Manifest.open(self.path, verify=False)
+        try:
+            return Manifest.open(self.path, verify=False)
+        except ConfigurationError:
+            if self.path.exists():
+                raise
+            return None  # the cache has been deleted meanwhile
 
     def _made(self) -> Manifest:
         with waiting(self.lock):
@@ -127,7 +132,8 @@ class Table:
     def _listed(self, limit: int | None, match: KeyFilter | None) -> Manifest:
         """What the store has now, or had when a listing that is young enough was saved."""
         if self._make is None:
-            raise ConfigurationError(f"{self._name}: the process that pickled this dataset is gone: make a new one")
+            gone = "the process that pickled this dataset is gone, or its cache was deleted"  # a listing now may differ
+            raise ConfigurationError(f"{self._name}: {gone}: make a new one")
         manifest = self._recent()
         if manifest is not None:
             return manifest.filter(match, limit)

@@ -58,9 +58,10 @@ class Outcome:
             found.append("nothing was read")
         hedges = HEDGED * self.requests
         for prefix, number, count in self.beyond:
-            if number == self.allowed(prefix) + 1 and count <= hedges:
-                hedges -= count  # second requests for what was late are no retries, and few
-            elif number > self.allowed(prefix):
+            more = max(0, number - self.allowed(prefix)) * count
+            if more <= hedges:
+                hedges -= more  # second requests for what was late are no retries, and few
+            else:
                 found.append(
                     f"{prefix}: {count} objects were asked for {number} times beyond the faults that they met, "
                     f"where {self.allowed(prefix)} are allowed"

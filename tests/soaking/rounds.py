@@ -40,14 +40,16 @@ class Round:
 
     @property
     def may_raise(self) -> set[str]:
-        """What may come instead of samples: what the store says is final, and the end of a worker."""
+        """What may come instead of samples: what the store says is final, the end of a worker, and where the folder is
+        deleted, a cache that cannot be opened just then, or no table for spawned workers that start just then."""
         final = FINAL_ERRORS if self.shares.get("final") else set()
-        return final | ({WORKER_KILLED} if self.kills else set())
+        killed = {WORKER_KILLED} if self.kills else set()
+        return final | killed | ({"CacheError", "ConfigurationError"} if {*FOLDER} & {*self.mangles} else set())
 
     @property
     def must_read(self) -> bool:
         """Whether so much time is enough for samples, whatever befalls their readers."""
-        return self.seconds >= ROUND_S / 2
+        return self.seconds >= ROUND_S / 2 and not self.kills
 
 
 VALUES = ("cut a file", "empty a file", "flip a bit of a file", "delete a file", "flip a bit of a row")

@@ -23,7 +23,7 @@ from soaking.report import Outcome, Report
 from soaking.rounds import Round, plan
 from soaking.server import BUCKET, SoakServer
 
-CACHE_SIZE = "150MB"
+CACHE_SIZE = "4GB"  # so that nothing is dropped but where a round says so
 _PATIENCE_S = trainer.DEADLINE_S + 15  # beyond the end of a round: for objects in their retries, and workers to end
 _GONE_WITHIN_S = 30.0  # torch's workers look for their parent every five seconds, and the machine may be busy
 _OUTAGE_S = 0.7
