@@ -328,7 +328,8 @@ async def test_real_servers_are_listed_whole(kind, monkeypatch):
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         store = a_store()
-        client = await store._opened("set-up")
+        await store._opened("set-up")
+        client = store._client
         await client.create_bucket(Bucket="mnist")
         for start in range(0, len(keys), 50):
             puts = (client.put_object(Bucket="mnist", Key=key, Body=b"x") for key in keys[start : start + 50])

@@ -380,8 +380,8 @@ def check_leaving(server: S3Server, case: Leaving) -> None:
     with Told(LEAVES, json.dumps(asdict(case))) as script:
         for said in script:
             if said.get("waits") == "interrupt":
-                if case.stalled:
-                    wait_for_requests(server, BATCH)
+                if case.stalled:  # until each worker has begun, for from then on it leaves Ctrl-C to its parent
+                    wait_for_requests(server, max(1, case.workers) * BATCH)
                 script.interrupt()
             elif "waits" in said:
                 break
