@@ -114,7 +114,8 @@ def keys(*names: str) -> Callable[[Trial], Outcome]:
         trial.put(bodies)
         with trial.start() as run:
             trial.open(run)
-            outcome = trial.then_next_run(trial.read(run))
+            first = trial.read(run)
+        outcome = trial.then_next_run(first)
         found = escaped(trial, set(bodies.values()))
         return Outcome("silently wrong", f"{found} written") if found else outcome
 
