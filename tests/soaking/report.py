@@ -43,7 +43,7 @@ class Outcome:
     def allowed(self, prefix: str) -> int:
         """How often an object may be asked for beyond the faults that it meets: once, or once in each epoch where the
         cache does not keep it; and once more for all that drops what is in flight."""
-        lost = self.kills.total() + self.outages + self.left[prefix]
+        lost = self.kills.total() + self.outages + self.left[prefix] + self.errors.total()
         return lost + (1 if self.round.keeps else max(1, self.begun[prefix]))
 
     def violations(self) -> list[str]:
