@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncds.errors import CacheError
-from asyncds.index import DATABASE, FAULTS, FILE_NAME, Index, connect, is_damage, is_made, is_trustworthy
+from asyncds.index import DATABASE, FAULTS, FILE_NAME, Index, connect, is_damage, is_made, is_sealed, is_trustworthy
 from asyncds.locks import Locks
 from asyncds.mounts import network_filesystem
 
@@ -225,7 +225,7 @@ class Folder:
             )
         database, aside = self.objects / DATABASE, None
         try:
-            if self.read_only or (database.exists() and not os.access(self.objects, os.W_OK)):
+            if self.read_only or is_sealed(database):
                 self._prepare_to_read(database)
                 return
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)

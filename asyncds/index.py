@@ -1,6 +1,7 @@
 """The index of a cache: diskcache, made to know bytes only, and trusted only where it is what diskcache makes."""
 
 import contextlib
+import os
 import re
 import sqlite3
 import time
@@ -14,7 +15,7 @@ import diskcache
 if TYPE_CHECKING:
     from asyncds.files import Written
 
-__all__ = ["DATABASE", "FAULTS", "FILE_NAME", "Index", "connect", "is_damage", "is_made", "is_trustworthy"]
+__all__ = ["DATABASE", "FAULTS", "FILE_NAME", "Index", "connect", "is_damage", "is_made", "is_sealed", "is_trustworthy"]
 
 DATABASE = diskcache.core.DBNAME
 FILE_NAME = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}\.obj")
@@ -122,6 +123,11 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     connection.execute("PRAGMA trusted_schema = 0")
     connection.execute("PRAGMA synchronous = 1")  # like the others per connection; without it commits wait for the disk
     return connection
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether the database is there, in a folder that cannot be written."""
+    return path.exists() and not os.access(path.parent, os.W_OK)
 
 
 def is_trustworthy(path: Path, *, read_only: bool = False) -> bool:

@@ -25,6 +25,7 @@ from asyncds import CachedS3MapDataset, Connection, Fetcher, ObjectInfo, Retry, 
 from asyncds.cli import main
 from asyncds.errors import AsyncdsError
 from asyncds.store.masking import hide, mask, mask_logs
+from asyncds.store.translate import translate
 from asyncds.testing import Fault, S3Server
 
 pytestmark = [
@@ -441,3 +442,11 @@ def test_logs_are_masked_once_and_only_those_of_botocore():
     filters = logging.getLogger("botocore.endpoint").filters
     assert len(filters) == len(set(filters))
     assert logging.getLogger().filters == logging.getLogger("a.library").filters == []
+
+
+def test_errors_that_come_from_each_other_in_a_circle_are_masked():
+    hide(["Canary-in-a-circle"])
+    first, second = ValueError("Canary-in-a-circle"), OSError("Canary-in-a-circle")
+    first.__cause__, second.__context__ = second, first
+    translate(first, "s3://mnist/k")
+    assert (first.args, second.args) == (("***",), ("***",))

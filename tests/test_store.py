@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import contextlib
 import datetime
 import errno
 import functools
@@ -1117,7 +1116,8 @@ async def test_retries_reach_the_store_as_the_users_session_says(s3):
 @pytest.mark.parametrize("anew", [False, True])
 async def test_store_that_is_closed_while_a_client_is_made_leaves_nothing_open(s3, monkeypatch, anew):
     s3.put("mnist", "a", b"body")
-    store, info, making, go_on = store_on(s3.endpoint, lean=False), ObjectInfo("mnist", "a", 4), *two_events()
+    store, info = store_on(s3.endpoint, lean=False), ObjectInfo("mnist", "a", 4)
+    making, go_on = asyncio.Event(), asyncio.Event()
     if anew:
         await store.get(info)
     opened = Clients._open
@@ -1130,18 +1130,13 @@ async def test_store_that_is_closed_while_a_client_is_made_leaves_nothing_open(s
     monkeypatch.setattr(Clients, "_open", slowly)
     asking = asyncio.create_task(store.again(info) if anew else store.get(info))
     await making.wait()
-    closing = asyncio.create_task(store.aclose())
-    await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await store.aclose()  # which waits for nobody
     go_on.set()
-    await closing
-    with contextlib.suppress(AsyncdsError):  # whichever of the two came first
+    with pytest.raises(AsyncdsError, match="closed meanwhile"):
         await asking
     monkeypatch.undo()
     await until_all_are_closed(s3)
-
-
-def two_events():
-    return asyncio.Event(), asyncio.Event()
 
 
 async def until_all_are_closed(server):

@@ -1,7 +1,6 @@
 """What commands have in common: a cache that is there already, and machine-readable output."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +75,7 @@ def print_table(names: Sequence[str], rows: Sequence[Sequence[str]], *, right: b
 def opened(place: Path | None, *, mend: bool = False) -> "Iterator[Cache]":
     """Open the cache that is there; make none, and touch a damaged one only to `mend` it."""
     from asyncds.cache import Cache
-    from asyncds.index import DATABASE, is_trustworthy
+    from asyncds.index import DATABASE, is_sealed, is_trustworthy
     from asyncds.settings import Settings
 
     settings = Settings()
@@ -87,7 +86,7 @@ def opened(place: Path | None, *, mend: bool = False) -> "Iterator[Cache]":
             "--cache-dir; the first run or `asyncds warm` makes one"
         )
     database = place / "asyncds" / "objects" / DATABASE
-    read_only = settings.cache_read_only or not os.access(database.parent, os.W_OK)
+    read_only = settings.cache_read_only or is_sealed(database)
     if not mend and database.exists() and not is_trustworthy(database, read_only=read_only):
         raise CacheError(
             f"{database}: the index is damaged; `asyncds verify --fix` sets it aside, and the cache begins anew"

@@ -74,17 +74,17 @@ class Clients:
             await self.client()  # whose connector's arguments the other has, too
         if anew not in self._made:
             async with self._making:
-                if self._closed:
-                    raise DatasetClosed("the store was closed meanwhile")
-                if anew not in self._made:
+                if anew not in self._made and not self._closed:
                     self._made[anew] = await self._open(anew)
+                if self._closed:
+                    await self._opened.aclose()
+                    raise DatasetClosed("the store was closed meanwhile")
         return self._made[anew]
 
     async def aclose(self) -> None:
-        """Close their connections, also of one that is being made; none is made any more."""
+        """Close their connections; none is made any more, and one that is being made closes itself: nobody waits."""
         self._closed = True
-        async with self._making:
-            await self._opened.aclose()
+        await self._opened.aclose()
 
     async def _open(self, anew: bool) -> Any:
         mask_logs()

@@ -65,8 +65,10 @@ def translate(error: Exception, what: str, hint: str = "", where: str = "this en
 
 
 def _mask(error: BaseException | None) -> None:
-    """Mask an error of botocore's, and those from which it comes."""
-    while error is not None and not isinstance(error, AsyncdsError):
+    """Mask an error of botocore's, and those from which it comes, which may be in a circle."""
+    seen = set[int]()
+    while error is not None and not isinstance(error, AsyncdsError) and id(error) not in seen:
+        seen.add(id(error))
         error.args = tuple(said(argument) if isinstance(argument, str) else argument for argument in error.args)
         if isinstance(message := getattr(error, "message", None), str):
             error.message = said(message)  # type: ignore[attr-defined]
