@@ -725,7 +725,7 @@ def test_workers_end_while_objects_drip_in(bucket):
         dataset[0]
         loader = DataLoader(Announced(dataset), batch_sampler=batches_of(60), num_workers=1, **FORKED)
         seconds = seconds_to_leave(loader, ready=lambda: bucket.stats.requests["GET"] > 5)
-    assert seconds < PROMISED_S / 2, "long before the batch is there"
+    assert seconds < PROMISED_S, "long before the batch is there"
 
 
 @pytest.mark.parametrize("lists", ["a worker", "the parent"])
@@ -827,4 +827,4 @@ def test_close_does_not_wait_for_a_disk_that_stands_still(bucket, monkeypatch):
         seconds = time.monotonic() - closing
         assert len(batch.result(ENOUGH_S)) == 60, "all that was waited for had arrived"
     gate.set()
-    assert seconds < PROMISED_S / 2
+    assert seconds < PROMISED_S

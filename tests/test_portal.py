@@ -177,5 +177,5 @@ def test_pending_work_does_not_keep_the_interpreter_alive():
         assert process.stdout.readline() == b"leaving\n"
         left = time.monotonic()
         _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - left < 2
+    assert time.monotonic() - left < 15
     assert (process.returncode, errors) == (0, b"")

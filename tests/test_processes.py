@@ -202,7 +202,7 @@ def test_those_who_wait_for_a_process_that_dies_go_on_within_a_second(bucket, al
         holder.join()
         killed = time.monotonic()
         assert arrivals.take(0).body == body(KEYS[0])
-        assert time.monotonic() - killed < 3.0, "a second, and what a busy machine adds"
+        assert time.monotonic() - killed < 10, "a second, and what a busy machine adds"
     assert bucket.stats.requests["GET"] == 2
 
 

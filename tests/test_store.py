@@ -721,7 +721,7 @@ async def test_stall_without_end_meets_the_deadline(s3, lane):
         started = time.monotonic()
         with pytest.raises((DeadlineExceeded, TransferFailed), match=r"^s3://mnist/k: "):
             await fetcher.get(info)
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < 8, "not the 10 s of the stall, let alone four of them"
 
 
 @LANES
@@ -896,7 +896,7 @@ async def test_refused_connection_is_given_up_after_first_contact(operation):
         ask = fetcher.get(ObjectInfo("b", "k")) if operation == "get" else listed(fetcher.store, "b")
         with pytest.raises(EndpointUnreachable, match=f"no connection to {re.escape(place)}"):
             await ask
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 15
 
 
 @pytest.mark.lean
