@@ -1,5 +1,6 @@
 """The synchronous, map-style face of it all: index → key → sample."""
 
+import contextlib
 import itertools
 import math
 import operator
@@ -427,8 +428,9 @@ class CachedS3MapDataset(ReadsAhead):
 
         Workers that are running have connections of their own and are not affected.
         """
-        for source in self._sources():
-            source.close()
+        with contextlib.ExitStack() as sources:  # all of them, also where one is interrupted
+            for source in self._sources():
+                sources.callback(source.close)
 
     def __enter__(self) -> Self:
         return self

@@ -45,7 +45,8 @@ DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _SECONDS_WITHOUT_WRITING = 30.0
 _SECONDS_OF_REPAIR = 5.0
 _VARIABLE = re.compile(r"\$(\w|\{)")
-_REPAIRING = b"\0repairing"
+_REPAIRING, _REMOVING = b"\0repairing", b"\0removing"
+_LOG = ("-wal", "-shm")
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by asyncds: may be deleted when no job runs.\n"
 _VOLUME = (
     "SELECT (SELECT page_count * page_size FROM pragma_page_count, pragma_page_size) "
@@ -242,6 +243,7 @@ class Folder:
             _remove_links(self.directory / "locks")
             if database.exists() and not self._trusts(database):
                 aside = self._replaced(database)
+            self._remove_log_without_database(database)
             with contextlib.suppress(FileExistsError):
                 # Only what was just made is closed: that drops all locks of this process on the file, SQLite's, too.
                 os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -266,15 +268,34 @@ class Folder:
 
     def _replaced(self, database: Path) -> Path | None:
         """Set a damaged index aside, unless somebody else does so."""
+        with self._taken(_REPAIRING):
+            return None if not database.exists() or is_trustworthy(database) else self._set_aside()
+
+    def _remove_log_without_database(self, database: Path) -> None:
+        """Remove what a database that was deleted by itself has left, before there is another one.
+
+        Whoever still has the old one open would share the map of its log with the new one: SQLite's locks on that file
+        go with the first of the two that is closed, and the next process shrinks it under all who have it mapped, which
+        ends them with SIGBUS.
+        """
+        left = [path for path in (database.with_name(f"{DATABASE}{suffix}") for suffix in _LOG) if path.exists()]
+        if left and not database.exists():  # in this order: these are not those of somebody's new one
+            with self._taken(_REMOVING):
+                for path in left if not database.exists() else ():
+                    path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _taken(self, name: bytes) -> Iterator[None]:
+        """Hold a lock that everybody holds for moments only."""
         until = time.monotonic() + _SECONDS_OF_REPAIR
-        while not self.files.take(_REPAIRING):
+        while not self.files.take(name):
             if time.monotonic() > until:
                 raise OSError(EBUSY, "another process repairs it")
             time.sleep(0.01)
         try:
-            return None if not database.exists() or is_trustworthy(database) else self._set_aside()
+            yield
         finally:
-            self.files.release(_REPAIRING)
+            self.files.release(name)
 
     def _prepare_to_read(self, database: Path) -> None:
         """Use a folder as it is: it must be there, and of this format."""
@@ -409,7 +430,7 @@ class Folder:
             shutil.rmtree(older, ignore_errors=True)
         aside = self.directory / f"damaged-{secrets.token_hex(4)}"
         aside.mkdir(mode=0o700)
-        for suffix in ("-wal", "-shm", ""):  # the database last: who finds it gone finds none of its log
+        for suffix in (*_LOG, ""):  # the database last: who finds it gone finds none of its log
             with contextlib.suppress(FileNotFoundError):
                 (self.objects / f"{DATABASE}{suffix}").rename(aside / f"{DATABASE}{suffix}")
         self.note_litter()

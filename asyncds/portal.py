@@ -36,6 +36,7 @@ class Portal:
         self._users = 0
         self._ended = False
         self._shared: dict[Hashable, Any] = {}
+        self._closing: set[Coroutine[Any, Any, Any]] = set()
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="asyncds-portal", daemon=True)
         self._thread.start()
@@ -51,7 +52,8 @@ class Portal:
             return _current
 
     def leave(self) -> None:
-        """Give the portal back. With its last user the loop ends: tasks are cancelled and awaited, then the thread."""
+        """Give the portal back. With its last user the loop ends: what closes something is awaited, other tasks are
+        cancelled and awaited, then the thread."""
         global _current
         with _guard:
             self._users -= 1
@@ -83,6 +85,13 @@ class Portal:
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine on the loop, and return a future of its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close(self, coroutine: Coroutine[Any, Any, object]) -> Future[object]:
+        """As `start`, for a coroutine that closes something: the end of the loop waits for it, five seconds at most."""
+        self._closing.add(coroutine)
+        closed = self.start(coroutine)
+        closed.add_done_callback(lambda _: self._closing.discard(coroutine))
+        return closed
 
     def post(self, function: Callable[..., object], *arguments: Any) -> None:
         """Call a function on the loop soon; nobody waits for it. Does nothing once the loop has ended."""
@@ -135,6 +144,8 @@ class Portal:
 
     def _finish(self) -> None:
         try:
+            if closing := [task for task in asyncio.all_tasks(self._loop) if task.get_coro() in self._closing]:
+                self._loop.run_until_complete(asyncio.wait(closing, timeout=_PATIENCE_S))
             tasks = asyncio.all_tasks(self._loop)
             for task in tasks:
                 task.cancel()

@@ -186,7 +186,7 @@ class _Runtime:
     def _shut(self) -> None:
         try:
             if not self.portal.is_current:
-                wait([self.portal.start(self.fetcher.aclose())], _PATIENCE_S)
+                wait([self.portal.close(self.fetcher.aclose())], _PATIENCE_S)
         finally:
             self.portal.leave()
 
@@ -474,17 +474,21 @@ class Source:
         """Cancel what is under way, close connections and delete this run's files. Calling it again does nothing."""
         if self._closed:
             return
-        self._closed = True
-        if self._runtimes and self._runtimes[-1].pid == os.getpid():
-            self._runtimes[-1].close()
-        if self._threads is not None and self._threads[0] == os.getpid():
-            self._threads[1].shutdown()
+        with contextlib.ExitStack() as steps:  # the last one first; where one is interrupted, the others are taken
+            if os.getpid() == self.table.owner:
+                steps.callback(_remove, self._litter)
+            steps.callback(self.cache.close)
+            steps.callback(self._release)
+            steps.callback(self.early.renew)
+            steps.callback(self._keep_counts)
+            if self._threads is not None and self._threads[0] == os.getpid():
+                steps.callback(self._threads[1].shutdown)
+            if self._runtimes and self._runtimes[-1].pid == os.getpid():
+                steps.callback(self._runtimes[-1].close)
+            self._closed = True
+
+    def _keep_counts(self) -> None:
         self._final, self._final_latencies = self.counters.total(), self.counters.latencies()
-        self.early.renew()
-        self._release()
-        self.cache.close()
-        if os.getpid() == self.table.owner:
-            _remove(self._litter)
 
     def _listed(self, limit: int | None, match: KeyFilter | None) -> Manifest:
         bucket, prefix = parse_uri(self._uri)

@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import sqlite3
+import subprocess
 import threading
 import time
 import warnings
@@ -122,6 +123,23 @@ def test_second_cache_of_a_process_does_not_make_others_delete_the_log_under_it(
     process.join(30)
     assert process.exitcode == 0
     assert cache.get_many(keys_of(theirs)) == found(theirs)
+    assert rows(database(cache), "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_index_that_was_deleted_by_itself_shares_no_log_with_the_next(cache, tmp_path):
+    """SQLite locks the map of a log once per process, and shrinks it under whoever has lost that lock: a SIGBUS."""
+    before, after = some("before", 100), some("after", 100)
+    other = Cache(cache.directory.parent)
+    assert other.get_many(stored(cache, before)) == found(before)
+    shared, kept = database(cache).with_name("cache.db-shm"), tmp_path / "kept"
+    with cache._folder.transaction() as index:
+        index.execute("DELETE FROM Cache")
+        os.link(shared, kept)
+        content = subprocess.check_output(["cat", kept])
+        database(cache).unlink()
+        assert other.get_many(keys_of(before)) == [None] * 100
+        assert subprocess.check_output(["cat", kept]) == content
+    assert other.get_many(stored(cache, after)) == found(after)
     assert rows(database(cache), "PRAGMA integrity_check") == [("ok",)]
 
 

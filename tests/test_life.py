@@ -507,6 +507,25 @@ def test_interrupt_at_any_moment_of_a_call_leaves_the_loop_running(monkeypatch):
     assert moment > 20
 
 
+def test_close_that_is_interrupted_leaves_nothing_all_the_same(bucket, monkeypatch):
+    """By Ctrl-C, or by torch, which tells the death of a worker to whatever the training process does just then."""
+    options = {"transform": READ, "decode_threads": 2}
+    both = CachedS3MapDataset.from_prefix(PREFIX, **options) + CachedS3MapDataset.from_prefix(PREFIX, **options)
+    assert both.__getitems__([0, 1, 60, 61]) == [*EXPECTED[:2], *EXPECTED[:2]]
+    assert len([name for name in our_threads() if "decoder" in name]) >= 2
+    litter = [path for each in both._sources() for path in each._litter]
+    assert any(path.exists() for path in litter)
+    monkeypatch.setattr(source, "wait", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        both.close()
+    monkeypatch.undo()
+    assert our_threads() == []
+    assert not any(path.exists() for path in litter)
+    with pytest.raises(DatasetClosed):
+        both[0]
+    assert both.stats()["gets"] == 2
+
+
 class Interrupting:
     """A portal whose loop somebody looks for when the interrupt comes."""
 

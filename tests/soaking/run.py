@@ -183,8 +183,7 @@ class Soak:
                 outcome.mistakes.append(f"the {training.name} ended by itself, with {training.process.exitcode}")
             elif not training.is_done:
                 outcome.mistakes.append(f"the {training.name} hung")
-                os.kill(training.process.pid or 0, signal.SIGUSR1)  # it says on stderr where it is
-                time.sleep(0.5)
+                _let_say_where_they_are(training.process.pid or 0)
             training.kill()
         self._steady, self._doomed = self._start(self._steady.name), self._start(self._doomed.name)
 
@@ -280,9 +279,19 @@ class Soak:
             self._report.leftovers.append(f"asyncds verify: {self._report.verified}")
 
 
-def _children() -> list[int]:
-    """Those of this process, also those that it has taken on."""
-    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+def _children(pid: int | None = None) -> list[int]:
+    """Those of a process, by default of this one, also those that it has taken on."""
+    tasks = Path(f"/proc/{pid or os.getpid()}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def _let_say_where_they_are(training: int) -> None:
+    """Make a process and its workers, one after the other, write their stacks to stderr."""
+    for pid in (training, *_children(training)):
+        print(f"where {pid} is: {_command(pid)}", file=sys.stderr, flush=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR1)  # workers that were spawned know no such signal, and end
+        time.sleep(0.5)
 
 
 def _reaped(pid: int) -> bool:

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -63,15 +64,19 @@ def class_of(error: BaseException) -> str | None:
     return None
 
 
+def ours() -> list[threading.Thread]:
+    """The library's threads in this process."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("asyncds")]
+
+
 def handles() -> dict[str, int]:
     """What this process holds now."""
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[1])
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("asyncds")]
     return {
         "rss": pages * resource.getpagesize(),
         "threads": len(os.listdir("/proc/self/task")),
-        "ours": len(threads),
+        "ours": len(ours()),
         "descriptors": len(os.listdir("/proc/self/fd")),
     }
 
@@ -91,6 +96,7 @@ class Trainer:
         self._mistakes: list[str] = []
         self._workers: list[int] = []
         self._reported = 0.0
+        self._left_behind: set[threading.Thread] = set()
 
     def run(self) -> None:
         while (told := self._pipe.recv()) is not None:
@@ -98,7 +104,9 @@ class Trainer:
             with _file_size(round_.file_size), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that a cache was damaged, is full and so on
                 self._train(round_, until)
-            self._report(done=round_.number, **settled())
+            held = settled()
+            self._name_those_left_behind()
+            self._report(done=round_.number, **held)
 
     def _report(self, **more: Any) -> None:
         self._reported = time.monotonic()
@@ -178,6 +186,14 @@ class Trainer:
         if time.monotonic() - self._reported > _SECONDS_BETWEEN_REPORTS:
             self._report()
 
+    def _name_those_left_behind(self) -> None:
+        """Each thread once, in the first round after which it is there."""
+        frames = sys._current_frames()
+        for thread in {*ours()} - self._left_behind:
+            where = "".join(traceback.format_stack(frames.get(thread.ident or 0), 5))
+            self._mistake(f"{thread.name} is left when all is closed:\n{where}")
+        self._left_behind |= {*ours()}
+
     def _mistake(self, text: str) -> None:
         if len(self._mistakes) < _SHOWN:
             self._mistakes.append(text)
@@ -185,7 +201,8 @@ class Trainer:
     def _note(self, error: Exception) -> None:
         name = class_of(error)
         self._errors[name or type(error).__name__] += 1
-        self._examples.setdefault(name or type(error).__name__, str(error))
+        cause = f" ({error.__cause__})" if error.__cause__ else ""  # torch's says with which code a worker ended
+        self._examples.setdefault(name or type(error).__name__, f"{error}{cause}")
         if name is None:
             self._untyped.append("".join(traceback.format_exception(error)))
 
