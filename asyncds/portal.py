@@ -5,12 +5,13 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Coroutine, Hashable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import uvloop
 
+import asyncds.folder  # noqa: F401 - what is registered first runs last before a fork: its hook takes locks of the loop's
 from asyncds.errors import ConfigurationError, DatasetClosed
 from asyncds.workers import SECONDS_BETWEEN_CHECKS, insist_on_a_loader
 
@@ -18,9 +19,11 @@ __all__ = ["Portal"]
 
 T = TypeVar("T")
 _PATIENCE_S = 5.0
+_SECONDS_TO_STAND_STILL = 1.0
 _CLOSED = "the dataset was closed while something was under way"
 
 _current: "Portal | None" = None
+_running: set["Portal"] = set()  # also those that are about to end
 _guard = threading.Lock()
 
 
@@ -28,7 +31,8 @@ class Portal:
     """A running event loop, shared by everything in this process that needs one.
 
     `Portal.enter()` starts it or joins it, `leave()` stops it with the last user. A process that was forked has none
-    until it enters its own: the loop it inherited would claim to run, and hang whoever waits for it.
+    until it enters its own: the loop it inherited would claim to run, and hang whoever waits for it. While a process
+    forks, the loop stands still.
     """
 
     def __init__(self) -> None:
@@ -38,7 +42,10 @@ class Portal:
         self._shared: dict[Hashable, Any] = {}
         self._closing: set[Coroutine[Any, Any, Any]] = set()
         self._loop = uvloop.new_event_loop()
+        self._helpers = _Helpers()
+        self._loop.set_default_executor(self._helpers)
         self._thread = threading.Thread(target=self._run, name="asyncds-portal", daemon=True)
+        _running.add(self)
         self._thread.start()
 
     @classmethod
@@ -135,6 +142,21 @@ class Portal:
         with contextlib.suppress(Empty):
             under_way.ended.get(timeout=_PATIENCE_S)
 
+    def stand_still(self, until: "SimpleQueue[None]") -> None:
+        """Return when the loop stands between two callbacks, and its helpers have nothing to do, or after a second or
+        two; it goes on when something is put into `until`, or after five seconds."""
+        standing: SimpleQueue[None] = SimpleQueue()
+
+        def stand() -> None:
+            standing.put(None)
+            with contextlib.suppress(Empty):
+                until.put(until.get(timeout=_PATIENCE_S))  # there may be others
+
+        self.post(stand)
+        with contextlib.suppress(Empty):
+            standing.get(timeout=_SECONDS_TO_STAND_STILL)
+        self._helpers.finish(_SECONDS_TO_STAND_STILL)
+
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
@@ -151,9 +173,29 @@ class Portal:
                 task.cancel()
             self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._helpers.shutdown(wait=self._helpers.finish(_SECONDS_TO_STAND_STILL))
             self._loop.close()
         finally:
             self._ended = True
+            _running.discard(self)
+
+
+class _Helpers(ThreadPoolExecutor):
+    """Threads to which the loop gives what would hold it up: aiobotocore has certificates read there, say."""
+
+    def __init__(self) -> None:
+        super().__init__(thread_name_prefix="asyncds-helper")
+        self._under_way: set[Future[Any]] = set()
+
+    def submit(self, function: Callable[..., T], /, *arguments: Any, **options: Any) -> Future[T]:
+        future = super().submit(function, *arguments, **options)
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
+        return future
+
+    def finish(self, seconds: float) -> bool:
+        """Wait for all that is under way, and tell whether it ended in time."""
+        return not wait(self._under_way.copy(), seconds).not_done
 
 
 class _Call(Generic[T]):
@@ -190,9 +232,35 @@ class _Call(Generic[T]):
         self.ended.put(task)
 
 
+# A child has only the thread that forks: a lock that another one holds within OpenSSL, or while it imports a module, is
+# taken for ever there. What hashes, or speaks TLS, would hang; so our threads are nowhere within such code.
+
+
+class _Fork(threading.local):
+    """That of the thread which forks."""
+
+    def __init__(self) -> None:
+        self.over: SimpleQueue[None] = SimpleQueue()
+
+
+_fork = _Fork()
+
+
+def _before_fork() -> None:
+    _fork.over = SimpleQueue()
+    for portal in _running.copy():
+        if portal.alive and not portal.is_current:
+            portal.stand_still(_fork.over)
+
+
+def _after_fork() -> None:
+    _fork.over.put(None)
+
+
 def _forget_in_child() -> None:
     global _guard
     _guard = threading.Lock()
+    _running.clear()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forget_in_child)

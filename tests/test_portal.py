@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from queue import SimpleQueue
 
 import pytest
 
@@ -162,6 +163,52 @@ def test_forked_child_has_a_loop_of_its_own_and_the_parent_keeps_its(portal, chi
 def test_fork_while_a_thread_enters_does_not_hang_the_child(portal, child):
     with module._guard:
         child("fork", use_inherited_and_own, portal)
+
+
+def hold(lock, began):
+    """As OpenSSL and imports do: in no thread but this one, and for a while."""
+    with lock:
+        began.put(None)
+        for _ in range(20):
+            sum(range(200_000))
+
+
+def expect_it_to_be_free(lock):
+    assert lock.acquire(blocking=False)
+
+
+@pytest.mark.parametrize("where", ["loop", "helper"])
+def test_locks_that_the_loop_and_its_helpers_take_for_a_while_are_free_in_a_child(portal, child, where):
+    lock, began = threading.Lock(), SimpleQueue()
+    for _ in range(5):
+        if where == "loop":
+            portal.post(hold, lock, began)
+        else:
+            portal.start(asyncio.to_thread(hold, lock, began))
+        began.get()
+        child("fork", expect_it_to_be_free, lock)
+        assert portal.call(ident()) == portal._thread.ident, "it goes on"
+
+
+def test_fork_waits_a_moment_only_for_a_loop_that_is_held_up(portal, child):
+    free, began = threading.Event(), SimpleQueue()
+    portal.post(lambda: (began.put(None), free.wait(50)))
+    began.get()
+    child("fork", os.getpid)
+    free.set()
+    assert portal.call(ident()) == portal._thread.ident
+
+
+def test_forks_of_several_threads_leave_the_loop_running(portal, child):
+    def fork() -> None:
+        for _ in range(4):
+            child("fork", os.getpid)
+
+    threads = [threading.Thread(target=fork) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert portal.call(ident()) == portal._thread.ident
 
 
 def test_pending_work_does_not_keep_the_interpreter_alive():
