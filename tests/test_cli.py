@@ -756,6 +756,38 @@ def test_config_says_where_each_value_comes_from(monkeypatch):
     assert re.search(r"^ASYNCDS_RETRIES +7 +environment: ASYNCDS_RETRIES$", output, re.MULTILINE)
 
 
+SERVERS = {
+    "AWS": ({}, "AWS, with what botocore finds: a profile, a role, SSO"),
+    "keys": ({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}, "AWS, with AWS_ACCESS_KEY_ID"),
+    "profile": ({"AWS_PROFILE": "lab"}, "AWS, profile lab"),
+    "MinIO": (
+        {"MINIO_URL": "host:9000", "MINIO_SECURE": "false", "MINIO_ACCESS_KEY": "a", "MINIO_SECRET_KEY": "b"},
+        "http://host:9000, with MINIO_ACCESS_KEY",
+    ),
+    "MinIO without keys": ({"MINIO_URL": "host:9000", "MINIO_SECURE": "true"}, "https://host:9000, anonymous"),
+    "half a pair of keys": (
+        {"MINIO_URL": "host:9000", "MINIO_ACCESS_KEY": "a"},
+        "none: MINIO_SECRET_KEY is missing where MINIO_ACCESS_KEY is set: "
+        "both have to be in the environment, or both in the .env file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SERVERS)
+def test_config_says_which_server_follows(monkeypatch, case):
+    variables, expected = SERVERS[case]
+    for name in [name for name in os.environ if name.startswith(("AWS_", "MINIO_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, output, _ = call("config")
+    assert (code, output.splitlines()[-1]) == (0, f"server: {expected}")
+    server = json_of("config")["server"]
+    assert list(server) == ["endpoint", "region", "credentials", "error"]
+    assert (server["error"] is None) == (not expected.startswith("none"))
+
+
 def test_config_shows_no_secret(monkeypatch):
     secrets = [name for name, field in Settings.model_fields.items() if "SecretStr" in str(field.annotation)]
     assert len(secrets) == 5

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from asyncds.cli.opening import Folder, as_json, print_json, print_table
+from asyncds.errors import ConfigurationError
 
 __all__ = ["config"]
 
@@ -16,21 +17,30 @@ __all__ = ["config"]
 @click.option("--cache-size", help="Instead of the variable.")
 @as_json
 def config(as_json: bool, **arguments: Any) -> None:
-    """Show every setting, and where its value comes from.
+    """Show every setting, where its value comes from, and which server follows.
 
     Options are as for warm: what is shown is what holds with them. Secrets are not shown.
     """
     from asyncds.settings import Settings
+    from asyncds.store import Connection
 
     settings = Settings(**{name: value for name, value in arguments.items() if value is not None})
     rows = settings.explained()
+    server = dict.fromkeys(("endpoint", "region", "credentials", "error"))
+    try:
+        connection = Connection.resolve(settings)
+        server |= {name: getattr(connection, name) for name in ("endpoint", "region", "credentials")}
+    except ConfigurationError as error:
+        server["error"] = str(error)
     if as_json:
-        print_json({"settings": [row._asdict() for row in rows]})
+        print_json({"settings": [row._asdict() for row in rows], "server": server})
         return
     print_table(
         ["variable", "value", "comes from"],
         [[" or ".join(row.variables), _text(row.value), row.origin] for row in rows],
     )
+    found = f"{server['endpoint'] or 'AWS'}, {server['credentials']}"
+    click.echo(f"server: {found if server['error'] is None else 'none: ' + server['error']}")
 
 
 def _text(value: object) -> str:

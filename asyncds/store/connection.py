@@ -92,6 +92,17 @@ class Connection:
         return _restored, ({f.name: getattr(self, f.name) for f in fields(self) if f.name not in keys},)
 
     @property
+    def credentials(self) -> str:
+        """Which are sent, for people; none are in it."""
+        if self.unsigned:
+            return "anonymous"
+        if self.profile is not None:
+            return f"profile {self.profile}"
+        if self.access_key is None:
+            return "with what botocore finds: a profile, a role, SSO"
+        return "with MINIO_ACCESS_KEY" if self.family == "MINIO" else "with AWS_ACCESS_KEY_ID"
+
+    @property
     def identity(self) -> str:
         """What the cache calls this store. All of AWS is one: its bucket names are unique."""
         if self.endpoint is None:
