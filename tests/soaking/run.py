@@ -26,6 +26,7 @@ from soaking.server import BUCKET, SoakServer
 CACHE_SIZE = "4GB"  # so that nothing is dropped but where a round says so
 _PATIENCE_S = trainer.DEADLINE_S + 15  # beyond the end of a round: for objects in their retries, and workers to end
 _GONE_WITHIN_S = 30.0  # torch's workers look for their parent every five seconds, and the machine may be busy
+_IDLE_AFTER_S = 12.0  # those that are there then, and have done nothing, never look
 _OUTAGE_S = 0.7
 _BE_SUBREAPER = 36  # see prctl(2)
 _NAMES = ("AWS_", "ASYNCDS_", "MINIO_")
@@ -243,10 +244,10 @@ class Soak:
         finally:
             cache.close()
 
-    def _wait_for_orphans(self) -> list[int]:
+    def _wait_for_orphans(self, seconds: float) -> list[int]:
         """Wait until the workers of processes that were killed have ended, and return those that have not."""
         ours = {self._steady.process.pid, self._doomed.process.pid} | self._known
-        until = time.monotonic() + _GONE_WITHIN_S
+        until = time.monotonic() + seconds
         while (orphans := [pid for pid in _children() if pid not in ours and not _reaped(pid)]) and (
             time.monotonic() < until
         ):
@@ -256,7 +257,7 @@ class Soak:
     def _end_orphans_of_torch(self) -> int:
         """End workers that were forked as their training process was killed, and return how many there were: torch
         takes their next parent for the first, and none of our code has run in them, which would have left a thread."""
-        idle = [pid for pid in self._wait_for_orphans() if len(os.listdir(f"/proc/{pid}/task")) == 1]
+        idle = [pid for pid in self._wait_for_orphans(_IDLE_AFTER_S) if len(os.listdir(f"/proc/{pid}/task")) == 1]
         for pid in idle:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -264,7 +265,7 @@ class Soak:
 
     def _look_for_leftovers(self) -> None:
         left = self._report.leftovers
-        left += [f"process {pid} is left: {_command(pid)}" for pid in self._wait_for_orphans()]
+        left += [f"process {pid} is left: {_command(pid)}" for pid in self._wait_for_orphans(_GONE_WITHIN_S)]
         until = time.monotonic() + _GONE_WITHIN_S
         while (sockets := self._server.stats.connections_open) and time.monotonic() < until:
             time.sleep(0.05)
