@@ -45,7 +45,7 @@ DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _SECONDS_WITHOUT_WRITING = 30.0
 _SECONDS_OF_REPAIR = 5.0
 _VARIABLE = re.compile(r"\$(\w|\{)")
-_REPAIRING, _REMOVING = b"\0repairing", b"\0removing"
+_REPAIRING, _MAKING = b"\0repairing", b"\0making"
 _LOG = ("-wal", "-shm")
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by asyncds: may be deleted when no job runs.\n"
 _VOLUME = (
@@ -243,10 +243,8 @@ class Folder:
             _remove_links(self.directory / "locks")
             if database.exists() and not self._trusts(database):
                 aside = self._replaced(database)
-            self._remove_log_without_database(database)
-            with contextlib.suppress(FileExistsError):
-                # Only what was just made is closed: that drops all locks of this process on the file, SQLite's, too.
-                os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            if not database.exists():
+                self._make(database)
             self._prepared = _inode(database)
         except CacheError:
             raise
@@ -271,18 +269,24 @@ class Folder:
         with self._taken(_REPAIRING):
             return None if not database.exists() or is_trustworthy(database) else self._set_aside()
 
-    def _remove_log_without_database(self, database: Path) -> None:
-        """Remove what a database that was deleted by itself has left, before there is another one.
+    def _make(self, database: Path) -> None:
+        """Begin with an empty database, without what one that was deleted by itself has left.
 
         Whoever still has the old one open would share the map of its log with the new one: SQLite's locks on that file
         go with the first of the two that is closed, and the next process shrinks it under all who have it mapped, which
         ends them with SIGBUS.
         """
-        left = [path for path in (database.with_name(f"{DATABASE}{suffix}") for suffix in _LOG) if path.exists()]
-        if left and not database.exists():  # in this order: these are not those of somebody's new one
-            with self._taken(_REMOVING):
-                for path in left if not database.exists() else ():
-                    path.unlink(missing_ok=True)
+        self.files.renew()  # of a folder that was deleted: those of the one that has come into its place
+        with self._taken(_MAKING):
+            if database.exists():
+                return
+            for suffix in _LOG:
+                database.with_name(f"{DATABASE}{suffix}").unlink(missing_ok=True)
+            if any(self.objects.glob("[0-9a-f][0-9a-f]")):  # what only the old one could name
+                self.note_litter()
+            with contextlib.suppress(FileExistsError):  # the lock's file was deleted with the folder in this moment
+                # Only what was just made is closed: that drops all locks of this process on the file, SQLite's, too.
+                os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
     @contextlib.contextmanager
     def _taken(self, name: bytes) -> Iterator[None]:
@@ -290,7 +294,7 @@ class Folder:
         until = time.monotonic() + _SECONDS_OF_REPAIR
         while not self.files.take(name):
             if time.monotonic() > until:
-                raise OSError(EBUSY, "another process repairs it")
+                raise OSError(EBUSY, "another process makes or repairs it")
             time.sleep(0.01)
         try:
             yield

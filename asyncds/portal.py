@@ -1,11 +1,14 @@
 """One event loop in one thread per process, for synchronous code that needs asynchronous work done."""
 
+import _thread
 import asyncio
 import contextlib
 import os
 import threading
+import time
+import weakref
 from collections.abc import Callable, Coroutine, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -40,13 +43,14 @@ class Portal:
         self._users = 0
         self._ended = False
         self._shared: dict[Hashable, Any] = {}
-        self._closing: set[Coroutine[Any, Any, Any]] = set()
+        # What closes something, and until when it is waited for.
+        self._closing: weakref.WeakKeyDictionary[Coroutine[Any, Any, Any], float] = weakref.WeakKeyDictionary()
         self._loop = uvloop.new_event_loop()
         self._helpers = _Helpers()
         self._loop.set_default_executor(self._helpers)
         self._thread = threading.Thread(target=self._run, name="asyncds-portal", daemon=True)
-        _running.add(self)
         self._thread.start()
+        _running.add(self)
 
     @classmethod
     def enter(cls) -> "Portal":
@@ -93,12 +97,20 @@ class Portal:
         """Run a coroutine on the loop, and return a future of its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def close(self, coroutine: Coroutine[Any, Any, object]) -> Future[object]:
-        """As `start`, for a coroutine that closes something: the end of the loop waits for it, five seconds at most."""
-        self._closing.add(coroutine)
-        closed = self.start(coroutine)
-        closed.add_done_callback(lambda _: self._closing.discard(coroutine))
-        return closed
+    def close(self, coroutine: Coroutine[Any, Any, object]) -> None:
+        """Run a coroutine that closes something, and wait for it, five seconds at most; its errors are nobody's.
+
+        Where the caller is interrupted, the end of the loop still waits until those are over.
+        """
+        until = self._closing[coroutine] = time.monotonic() + _PATIENCE_S
+        closing = _Call(coroutine)
+        self.post(closing.begin)
+        while self.alive and time.monotonic() < until:
+            with contextlib.suppress(Empty):
+                closing.ended.get(timeout=SECONDS_BETWEEN_CHECKS)
+                return
+        if not self.alive:
+            closing.forget()
 
     def post(self, function: Callable[..., object], *arguments: Any) -> None:
         """Call a function on the loop soon; nobody waits for it. Does nothing once the loop has ended."""
@@ -167,7 +179,8 @@ class Portal:
     def _finish(self) -> None:
         try:
             if closing := [task for task in asyncio.all_tasks(self._loop) if task.get_coro() in self._closing]:
-                self._loop.run_until_complete(asyncio.wait(closing, timeout=_PATIENCE_S))
+                left = max(self._closing.values(), default=0.0) - time.monotonic()
+                self._loop.run_until_complete(asyncio.wait(closing, timeout=max(0.0, left)))
             tasks = asyncio.all_tasks(self._loop)
             for task in tasks:
                 task.cancel()
@@ -181,7 +194,7 @@ class Portal:
 
 
 class _Helpers(ThreadPoolExecutor):
-    """Threads to which the loop gives what would hold it up: aiobotocore has certificates read there, say."""
+    """Threads to which the loop gives calls that would hold it up: aiobotocore has certificates read there, say."""
 
     def __init__(self) -> None:
         super().__init__(thread_name_prefix="asyncds-helper")
@@ -194,8 +207,12 @@ class _Helpers(ThreadPoolExecutor):
         return future
 
     def finish(self, seconds: float) -> bool:
-        """Wait for all that is under way, and tell whether it ended in time."""
-        return not wait(self._under_way.copy(), seconds).not_done
+        """Wait for all that is under way, and tell whether it ended in time. Not with what futures offer for it: an
+        interrupt may leave one locked, and the helper that is to set its result waits for ever."""
+        until = time.monotonic() + seconds
+        while self._under_way and threading.current_thread() not in self._threads and time.monotonic() < until:
+            time.sleep(0.001)
+        return not self._under_way
 
 
 class _Call(Generic[T]):
@@ -233,34 +250,45 @@ class _Call(Generic[T]):
 
 
 # A child has only the thread that forks: a lock that another one holds within OpenSSL, or while it imports a module, is
-# taken for ever there. What hashes, or speaks TLS, would hang; so our threads are nowhere within such code.
+# taken for ever there. What hashes, or speaks TLS, would hang; so the loop and its helpers are nowhere in such code.
 
 
-class _Fork(threading.local):
-    """That of the thread which forks."""
+class _Forks(threading.local):
+    """Those of this thread: one, or more where a signal's handler forks while it does so."""
 
     def __init__(self) -> None:
-        self.over: SimpleQueue[None] = SimpleQueue()
+        self.over: list[SimpleQueue[None]] = []
+        self.interrupted = False
 
 
-_fork = _Fork()
+_forks = _Forks()
 
 
 def _before_fork() -> None:
-    _fork.over = SimpleQueue()
+    over = SimpleQueue[None]()
+    _forks.over.append(over)
     for portal in _running.copy():
-        if portal.alive and not portal.is_current:
-            portal.stand_still(_fork.over)
+        while portal.alive and not portal.is_current:
+            try:
+                portal.stand_still(over)
+                break
+            except KeyboardInterrupt:  # Python would swallow it, and fork at once
+                _forks.interrupted = True
 
 
 def _after_fork() -> None:
-    _fork.over.put(None)
+    _forks.over.pop().put(None)
+    if _forks.interrupted:
+        _forks.interrupted = False
+        for portal in [*_running][:1]:
+            portal.post(_thread.interrupt_main)  # when the thread that forks has left this hook
 
 
 def _forget_in_child() -> None:
     global _guard
     _guard = threading.Lock()
     _running.clear()
+    _forks.over, _forks.interrupted = [], False
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forget_in_child)

@@ -26,7 +26,7 @@ from asyncds.cache import INLINE_LIMIT, Cache
 from asyncds.entry import Entry, NewEntry, entry_key, object_id
 from asyncds.errors import CacheError
 from asyncds.fetcher import Fetcher
-from asyncds.index import is_trustworthy
+from asyncds.index import DATABASE, is_trustworthy
 from asyncds.large import LARGE
 from asyncds.locks import Locks
 from asyncds.lookup import lookup
@@ -141,6 +141,32 @@ def test_index_that_was_deleted_by_itself_shares_no_log_with_the_next(cache, tmp
         assert subprocess.check_output(["cat", kept]) == content
     assert other.get_many(stored(cache, after)) == found(after)
     assert rows(database(cache), "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_index_is_made_by_one_process_at_a_time(tmp_path, monkeypatch):
+    """Who removes the old log must not meet the new one of somebody else."""
+    open_file, free = os.open, []
+
+    def opened(path, flags, *arguments, **options):
+        if str(path).endswith(DATABASE) and flags & os.O_EXCL:
+            free.append(Locks.at(Path(path).parents[1] / "locks" / "files").take(asyncds.folder._MAKING))
+        return open_file(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+    Cache(tmp_path).close()
+    assert free == [False]
+
+
+def test_space_of_what_a_deleted_index_named_is_taken_back(cache):
+    stored(cache, some("large", 3, size=INLINE_LIMIT + 1))
+    cache.close()
+    cache._folder.dirty.unlink()
+    for path in database(cache).parent.glob(f"{DATABASE}*"):
+        path.unlink()
+    other = Cache(cache.directory.parent, sweeping=False)
+    assert other._folder.dirty.exists(), "the next run sweeps"
+    assert other.sweep() > 3 * INLINE_LIMIT
+    assert other.check() == {}
 
 
 # writers that fail or stand still

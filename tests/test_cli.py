@@ -757,14 +757,21 @@ def test_config_says_where_each_value_comes_from(monkeypatch):
 
 
 SERVERS = {
-    "AWS": ({}, "AWS, with what botocore finds: a profile, a role, SSO"),
-    "keys": ({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}, "AWS, with AWS_ACCESS_KEY_ID"),
-    "profile": ({"AWS_PROFILE": "lab"}, "AWS, profile lab"),
+    "AWS": ({}, "AWS, credentials: what botocore finds: a profile, a role, SSO"),
+    "keys": ({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}, "AWS, credentials: AWS_ACCESS_KEY_ID"),
+    "profile": ({"AWS_PROFILE": "lab"}, "AWS, credentials: profile lab"),
+    "keys and profile": (
+        {"AWS_PROFILE": "lab", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"},
+        "AWS, credentials: AWS_ACCESS_KEY_ID",
+    ),
     "MinIO": (
         {"MINIO_URL": "host:9000", "MINIO_SECURE": "false", "MINIO_ACCESS_KEY": "a", "MINIO_SECRET_KEY": "b"},
-        "http://host:9000, with MINIO_ACCESS_KEY",
+        "http://host:9000, credentials: MINIO_ACCESS_KEY",
     ),
-    "MinIO without keys": ({"MINIO_URL": "host:9000", "MINIO_SECURE": "true"}, "https://host:9000, anonymous"),
+    "MinIO without keys": (
+        {"MINIO_URL": "host:9000", "MINIO_SECURE": "true"},
+        "https://host:9000, credentials: anonymous",
+    ),
     "half a pair of keys": (
         {"MINIO_URL": "host:9000", "MINIO_ACCESS_KEY": "a"},
         "none: MINIO_SECRET_KEY is missing where MINIO_ACCESS_KEY is set: "

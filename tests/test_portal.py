@@ -1,6 +1,7 @@
 """The portal: one loop per process, started with its first user, gone with its last, never carried across a fork."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -178,7 +179,8 @@ def expect_it_to_be_free(lock):
 
 
 @pytest.mark.parametrize("where", ["loop", "helper"])
-def test_locks_that_the_loop_and_its_helpers_take_for_a_while_are_free_in_a_child(portal, child, where):
+def test_locks_that_the_loop_and_its_helpers_take_for_a_while_are_free_in_a_child(portal, child, where, monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS_TO_STAND_STILL", 20)
     lock, began = threading.Lock(), SimpleQueue()
     for _ in range(5):
         if where == "loop":
@@ -191,24 +193,67 @@ def test_locks_that_the_loop_and_its_helpers_take_for_a_while_are_free_in_a_chil
 
 
 def test_fork_waits_a_moment_only_for_a_loop_that_is_held_up(portal, child):
-    free, began = threading.Event(), SimpleQueue()
-    portal.post(lambda: (began.put(None), free.wait(50)))
+    free, began, ended = threading.Event(), SimpleQueue(), SimpleQueue()
+    portal.post(lambda: (began.put(None), free.wait(50), ended.put(None)))
     began.get()
     child("fork", os.getpid)
+    assert ended.empty()
     free.set()
     assert portal.call(ident()) == portal._thread.ident
 
 
-def test_forks_of_several_threads_leave_the_loop_running(portal, child):
+def fork_and_wait() -> None:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def test_forks_of_several_threads_leave_the_loop_running(portal):
     def fork() -> None:
-        for _ in range(4):
-            child("fork", os.getpid)
+        for _ in range(10):
+            fork_and_wait()
 
     threads = [threading.Thread(target=fork) for _ in range(3)]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         assert portal.call(ident()) == portal._thread.ident
+
+
+def test_fork_from_a_helper_or_the_loop_does_not_wait_for_itself(portal, monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS_TO_STAND_STILL", 50)
+    portal.call(asyncio.to_thread(fork_and_wait))
+
+    async def fork() -> None:
+        fork_and_wait()
+
+    portal.call(fork())
+
+
+def test_interrupt_that_comes_before_a_fork_comes_after_it(portal, capfd):
+    free, began = threading.Event(), SimpleQueue()
+    portal.post(lambda: (began.put(None), free.wait(50)))
+    began.get()
+    threading.Thread(target=interrupt_when_it_forks, args=(threading.main_thread().ident, free)).start()
+    with pytest.raises(KeyboardInterrupt):
+        fork_and_go_on(portal)
+    with contextlib.suppress(ChildProcessError):  # if that was interrupted while it waited for its child
+        os.waitpid(-1, 0)
+    assert capfd.readouterr().err == "", "Python tells what a hook raises, and swallows it"
+
+
+def fork_and_go_on(portal):
+    fork_and_wait()
+    while True:
+        portal.call(ident())
+
+
+def interrupt_when_it_forks(thread, free):
+    while "stand_still" not in str(sys._current_frames()[thread]):
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+    free.set()
 
 
 def test_pending_work_does_not_keep_the_interpreter_alive():

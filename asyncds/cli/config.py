@@ -39,7 +39,7 @@ def config(as_json: bool, **arguments: Any) -> None:
         ["variable", "value", "comes from"],
         [[" or ".join(row.variables), _text(row.value), row.origin] for row in rows],
     )
-    found = f"{server['endpoint'] or 'AWS'}, {server['credentials']}"
+    found = f"{server['endpoint'] or 'AWS'}, credentials: {server['credentials']}"
     click.echo(f"server: {found if server['error'] is None else 'none: ' + server['error']}")
 
 

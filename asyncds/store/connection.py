@@ -89,18 +89,17 @@ class Connection:
 
     def __reduce__(self) -> tuple[Any, ...]:
         keys = ("access_key", "secret_key", "session_token")
-        return _restored, ({f.name: getattr(self, f.name) for f in fields(self) if f.name not in keys},)
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in keys}
+        return _restored, (values, self.access_key is not None)
 
     @property
     def credentials(self) -> str:
         """Which are sent, for people; none are in it."""
         if self.unsigned:
             return "anonymous"
-        if self.profile is not None:
-            return f"profile {self.profile}"
-        if self.access_key is None:
-            return "with what botocore finds: a profile, a role, SSO"
-        return "with MINIO_ACCESS_KEY" if self.family == "MINIO" else "with AWS_ACCESS_KEY_ID"
+        if self.access_key is not None:
+            return "MINIO_ACCESS_KEY" if self.family == "MINIO" else "AWS_ACCESS_KEY_ID"
+        return f"profile {self.profile}" if self.profile is not None else "what botocore finds: a profile, a role, SSO"
 
     @property
     def identity(self) -> str:
@@ -113,10 +112,10 @@ class Connection:
         return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}"
 
 
-def _restored(values: dict[str, Any]) -> Connection:
-    """A connection from a pickle, with the keys of its family that this process has."""
+def _restored(values: dict[str, Any], has_keys: bool) -> Connection:
+    """A connection from a pickle, with the keys of its family that this process has, if it had any."""
     connection = Connection(**values)
-    if connection.unsigned or connection.profile is not None:
+    if not has_keys:
         return connection
     access, secret, token = _keys(Settings(), connection.family)
     return replace(connection, access_key=access, secret_key=secret, session_token=token)
@@ -160,13 +159,13 @@ def _configured_endpoint(session: Any, profile: str | None) -> str | None:
     inner = getattr(session, "_session", session) if session is not None else Session(profile=profile)
     try:
         config, scoped = inner.full_config, inner.get_scoped_config()
+        if str(scoped.get("ignore_configured_endpoint_urls", "")).lower() == "true":
+            return None
+        url = ConfiguredEndpointProvider(config, scoped, "s3", environ={}).provide()
     except ProfileNotFound:
         return None  # the client says so, when there is something to ask
-    except BotoCoreError as error:
+    except (BotoCoreError, AttributeError) as error:  # the latter: of text where there should be a section
         raise ConfigurationError(f"the AWS configuration cannot be used: {error}") from None
-    if str(scoped.get("ignore_configured_endpoint_urls", "")).lower() == "true":
-        return None
-    url = ConfiguredEndpointProvider(config, scoped, "s3", environ={}).provide()
     return None if url is None else _checked(url, "endpoint_url in the AWS configuration")
 
 

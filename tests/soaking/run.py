@@ -175,7 +175,7 @@ class Soak:
         for name, value in self._server.tally().items():
             current = getattr(outcome, name)
             setattr(outcome, name, Counter(value) if isinstance(current, Counter) else value)
-        outcome.kills["orphans that torch had given nothing to do"] += self._end_orphans_of_torch()
+        outcome.kills["orphans that torch had given nothing to do"] += self._end_orphans_of_torch(outcome)
         outcome.problems = self._audit(mends=not outcome.round.keeps)
 
     def _replace_those_that_hang(self, outcome: Outcome) -> None:
@@ -254,11 +254,14 @@ class Soak:
             time.sleep(0.05)
         return orphans
 
-    def _end_orphans_of_torch(self) -> int:
+    def _end_orphans_of_torch(self, outcome: Outcome) -> int:
         """End workers that were forked as their training process was killed, and return how many there were: torch
         takes their next parent for the first, and none of our code has run in them, which would have left a thread."""
         idle = [pid for pid in self._wait_for_orphans(_IDLE_AFTER_S) if len(os.listdir(f"/proc/{pid}/task")) == 1]
         for pid in idle:
+            if "futex" in Path(f"/proc/{pid}/wchan").read_text():
+                outcome.mistakes.append(f"process {pid} waits for a lock that nobody has")
+                _let_say_where_they_are(pid)
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         return len(idle)

@@ -188,11 +188,12 @@ class Trainer:
 
     def _name_those_left_behind(self) -> None:
         """Each thread once, in the first round after which it is there."""
-        frames = sys._current_frames()
-        for thread in {*ours()} - self._left_behind:
-            where = "".join(traceback.format_stack(frames.get(thread.ident or 0), 5))
-            self._mistake(f"{thread.name} is left when all is closed:\n{where}")
-        self._left_behind |= {*ours()}
+        frames, left = sys._current_frames(), [thread for thread in ours() if thread not in self._left_behind]
+        for thread in left:
+            if frame := frames.get(thread.ident or 0):
+                where = "".join(traceback.format_stack(frame, 5))
+                self._mistake(f"{thread.name} is left when all is closed:\n{where}")
+                self._left_behind.add(thread)
 
     def _mistake(self, text: str) -> None:
         if len(self._mistakes) < _SHOWN:
