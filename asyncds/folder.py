@@ -506,9 +506,10 @@ _held: list[threading.Lock] = []
 
 
 def _acquire(lock: threading.Lock) -> None:
-    """Python swallows what a hook raises, and forks all the same: an interrupt must not leave SQLite open."""
+    """Python swallows what a hook raises, and forks all the same: what the handler of a signal raises, for Ctrl-C, or
+    torch's when a worker has died, must not leave SQLite open."""
     while True:
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt, Exception):
             lock.acquire()
             return
 

@@ -272,8 +272,8 @@ def _before_fork() -> None:
             try:
                 portal.stand_still(over)
                 break
-            except KeyboardInterrupt:  # Python would swallow it, and fork at once
-                _forks.interrupted = True
+            except BaseException as error:  # of a signal's handler: Python would swallow it, and fork at once
+                _forks.interrupted |= isinstance(error, KeyboardInterrupt)
 
 
 def _after_fork() -> None:

@@ -231,11 +231,12 @@ def test_fork_from_a_helper_or_the_loop_does_not_wait_for_itself(portal, monkeyp
     portal.call(fork())
 
 
-def test_interrupt_that_comes_before_a_fork_comes_after_it(portal, capfd):
+def test_interrupt_that_comes_before_a_fork_comes_after_it(portal, capfd, monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS_TO_STAND_STILL", 20)
     free, began = threading.Event(), SimpleQueue()
     portal.post(lambda: (began.put(None), free.wait(50)))
     began.get()
-    threading.Thread(target=interrupt_when_it_forks, args=(threading.main_thread().ident, free)).start()
+    threading.Thread(target=signal_when_it_forks, args=(threading.main_thread().ident, signal.SIGINT, free)).start()
     with pytest.raises(KeyboardInterrupt):
         fork_and_go_on(portal)
     with contextlib.suppress(ChildProcessError):  # if that was interrupted while it waited for its child
@@ -249,10 +250,30 @@ def fork_and_go_on(portal):
         portal.call(ident())
 
 
-def interrupt_when_it_forks(thread, free):
+def raise_lookup_error(*_):
+    raise LookupError
+
+
+def test_error_of_a_handler_of_signals_does_not_make_a_fork_go_on_at_once(portal, capfd, monkeypatch):
+    """torch's raises one when a worker has died, and finds that out again."""
+    monkeypatch.setattr(module, "_SECONDS_TO_STAND_STILL", 20)
+    before = signal.signal(signal.SIGUSR2, raise_lookup_error)
+    free, began, ended = threading.Event(), SimpleQueue(), SimpleQueue()
+    portal.post(lambda: (began.put(None), free.wait(50), ended.put(None)))
+    began.get()
+    threading.Thread(target=signal_when_it_forks, args=(threading.main_thread().ident, signal.SIGUSR2, free)).start()
+    try:
+        fork_and_wait()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert not ended.empty(), "it has waited for the loop"
+    assert capfd.readouterr().err == ""
+
+
+def signal_when_it_forks(thread, number, free):
     while "stand_still" not in str(sys._current_frames()[thread]):
         pass
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), number)
     free.set()
 
 
