@@ -83,6 +83,7 @@ class Folder:
         self.on_renewed: list[Callable[[], object]] = []
         self._noted = 0  # the process that has said that it writes
         self._prepare()
+        self._renew()  # others of this process may have had the locks since before the folder was deleted
         _folders.add(self)
 
     # the index

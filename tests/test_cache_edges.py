@@ -169,6 +169,21 @@ def test_space_of_what_a_deleted_index_named_is_taken_back(cache):
     assert other.check() == {}
 
 
+def expect_claimed(directory, object, claimed):
+    assert Cache(directory).claim(object) is not claimed
+
+
+def test_folder_that_was_deleted_does_not_leave_its_locks_to_a_cache_that_is_opened_next(cache, child):
+    """The process would hold them where nobody looks for them, and bring what others are bringing."""
+    object = some("object", 1)[0].object
+    assert cache.claim(object)
+    shutil.rmtree(cache.directory)
+    second = Cache(cache.directory.parent)
+    child("spawn", expect_claimed, cache.directory.parent, object, False)
+    assert second.claim(object)
+    child("spawn", expect_claimed, cache.directory.parent, object, True)
+
+
 # writers that fail or stand still
 
 
