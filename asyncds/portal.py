@@ -49,8 +49,12 @@ class Portal:
         self._helpers = _Helpers()
         self._loop.set_default_executor(self._helpers)
         self._thread = threading.Thread(target=self._run, name="asyncds-portal", daemon=True)
-        self._thread.start()
-        _running.add(self)
+        try:
+            self._thread.start()
+            _running.add(self)
+        except BaseException:  # an interrupt, and it may run all the same
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            raise
 
     @classmethod
     def enter(cls) -> "Portal":

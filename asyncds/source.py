@@ -154,9 +154,18 @@ class _Runtime:
     """The live handles of one process. Made lazily, never pickled, not carried across a fork."""
 
     def __init__(self, source: "Source") -> None:
-        settings = source.settings
         self.pid = os.getpid()
         self.portal = Portal.enter()
+        try:
+            self._open(source)
+        except BaseException:  # an interrupt, say
+            self.portal.leave()
+            raise
+        self.close = util.Finalize(None, self._shut, exitpriority=_FIRST_TO_CLOSE)
+        weakref.finalize(source, self._dropped).atexit = False
+
+    def _open(self, source: "Source") -> None:
+        settings = source.settings
         self.slots = self.portal.shared(settings.concurrency, lambda: Slots.of(settings.concurrency, workers()))
         retry = Retry(
             settings.retries,
@@ -180,8 +189,6 @@ class _Runtime:
             on_early=source.early.add,
         )
         spare_the_collector()
-        self.close = util.Finalize(None, self._shut, exitpriority=_FIRST_TO_CLOSE)
-        weakref.finalize(source, self._dropped).atexit = False
 
     def _shut(self) -> None:
         try:

@@ -532,6 +532,36 @@ def test_close_that_is_interrupted_leaves_nothing_all_the_same(bucket, monkeypat
     assert both.stats()["gets"] == 2
 
 
+def test_interrupt_that_comes_while_a_loop_is_started_leaves_none(monkeypatch):
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Portal.enter()
+    for thread in [thread for thread in threading.enumerate() if thread.name in our_threads()]:
+        thread.join(ENOUGH_S)
+    assert our_threads() == []
+    user = Portal.enter()
+    assert user.call(slow()) == 1
+    user.leave()
+
+
+@pytest.mark.parametrize("interrupted", ["Fetcher", "Retry"])
+def test_dataset_that_is_interrupted_as_it_begins_to_read_leaves_no_loop(bucket, monkeypatch, interrupted):
+    with CachedS3MapDataset.from_prefix(PREFIX, transform=READ) as dataset:
+        with monkeypatch.context() as patch:
+            patch.setattr(source, interrupted, lambda *_, **__: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                dataset[0]
+        assert our_threads() == []
+        assert dataset[0] == EXPECTED[0]
+
+
 class Interrupting:
     """A portal whose loop somebody looks for when the interrupt comes."""
 
