@@ -53,15 +53,22 @@ class Clearing:
         self._held = Counter[str]()
         self._held_by_others: dict[str, float] = {}
         self._names: dict[str, str] = {}  # of datasets, by their notes
+        self._generation = folder.datasets.generation
         folder.on_renewed.append(self._hold_again)
         self._last = -_SECONDS_BETWEEN
 
     def hold(self, tag: str) -> None:
         """Say that this process uses a dataset, until `release` or its end."""
+        self._hold_again()
         self._held[tag] += 1
         self._hold(tag)
 
     def _hold_again(self) -> None:
+        """Hold in a new folder what was held in one that was deleted; where another cache of this process has seen that
+        first, the locks that both have in common have forgotten it."""
+        if self._generation == self._folder.datasets.generation:
+            return
+        self._generation = self._folder.datasets.generation
         for tag, count in self._held.items():
             for _ in range(count):
                 self._hold(tag)
@@ -82,7 +89,8 @@ class Clearing:
     def release(self, tag: str) -> None:
         """Undo one `hold`."""
         self._held[tag] -= 1
-        self._folder.datasets.release(_bytes(tag))
+        if self._generation == self._folder.datasets.generation:  # else it is another's that would be undone
+            self._folder.datasets.release(_bytes(tag))
         if self._folder.read_only:
             return
         with contextlib.suppress(OSError):

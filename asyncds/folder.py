@@ -27,6 +27,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from errno import EBUSY, EROFS
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from asyncds.index import DATABASE, FAULTS, FILE_NAME, Index, connect, is_damage
 from asyncds.locks import Locks
 from asyncds.mounts import network_filesystem
 
-__all__ = ["BLOCK", "DIRECTORY", "FORMAT", "WRITING", "Folder", "read"]
+__all__ = ["BLOCK", "DIRECTORY", "FORMAT", "WRITING", "Folder", "held_back", "read"]
 
 FORMAT = 1
 BLOCK = 4096
@@ -185,7 +186,7 @@ class Folder:
             identity = _inode(self.objects / DATABASE)
         except FileNotFoundError:
             identity = (0, 0)
-        if identity != self._prepared:
+        if identity != self._prepared or self._generation != self.datasets.generation:
             self._prepare()  # what has come into its place is trusted no more than at first
             self._renew()
             identity = _inode(self.objects / DATABASE)
@@ -503,16 +504,21 @@ def read(path: Path) -> str:
 
 _folders: weakref.WeakSet[Folder] = weakref.WeakSet()
 _forking = threading.Lock()
+held_back: list[BaseException] = []
+"""What handlers of signals have raised within a fork's hooks, which the last of them gives back."""
 _held: list[threading.Lock] = []
 
 
 def _acquire(lock: threading.Lock) -> None:
     """Python swallows what a hook raises, and forks all the same: what the handler of a signal raises, for Ctrl-C, or
-    torch's when a worker has died, must not leave SQLite open."""
-    while True:
-        with contextlib.suppress(KeyboardInterrupt, Exception):
-            lock.acquire()
-            return
+    torch's when a worker has died, must not leave SQLite open. Whether the lock was taken is written down before Python
+    looks for signals again: it would be waited for for ever."""
+    taken: list[object] = []
+    while not taken:
+        try:
+            taken.extend(map(methodcaller("acquire"), (lock,)))
+        except BaseException as error:
+            held_back.append(error)
 
 
 def _before_fork() -> None:

@@ -1,9 +1,9 @@
 """One event loop in one thread per process, for synchronous code that needs asynchronous work done."""
 
-import _thread
 import asyncio
 import contextlib
 import os
+import signal
 import threading
 import time
 import weakref
@@ -14,8 +14,8 @@ from typing import Any, Generic, TypeVar
 
 import uvloop
 
-import asyncds.folder  # noqa: F401 - what is registered first runs last before a fork: its hook takes locks of the loop's
 from asyncds.errors import ConfigurationError, DatasetClosed
+from asyncds.folder import held_back  # its hook, registered first, runs after ours: it takes locks of the loop's
 from asyncds.workers import SECONDS_BETWEEN_CHECKS, insist_on_a_loader
 
 __all__ = ["Portal"]
@@ -23,6 +23,8 @@ __all__ = ["Portal"]
 T = TypeVar("T")
 _PATIENCE_S = 5.0
 _SECONDS_TO_STAND_STILL = 1.0
+_ATTEMPTS = 5
+_SECONDS_TO_LEAVE_A_HOOK = 0.05
 _CLOSED = "the dataset was closed while something was under way"
 
 _current: "Portal | None" = None
@@ -158,10 +160,9 @@ class Portal:
         with contextlib.suppress(Empty):
             under_way.ended.get(timeout=_PATIENCE_S)
 
-    def stand_still(self, until: "SimpleQueue[None]") -> None:
-        """Return when the loop stands between two callbacks, and its helpers have nothing to do, or after a second or
-        two; it goes on when something is put into `until`, or after five seconds."""
-        standing: SimpleQueue[None] = SimpleQueue()
+    def stand_still(self, standing: "SimpleQueue[None]", until: "SimpleQueue[None]") -> None:
+        """Return when the loop stands between two callbacks, which it says in `standing`, and its helpers have nothing
+        to do, or after a second or two; it goes on when something is put into `until`, or after five seconds."""
 
         def stand() -> None:
             standing.put(None)
@@ -262,7 +263,6 @@ class _Forks(threading.local):
 
     def __init__(self) -> None:
         self.over: list[SimpleQueue[None]] = []
-        self.interrupted = False
 
 
 _forks = _Forks()
@@ -272,27 +272,37 @@ def _before_fork() -> None:
     over = SimpleQueue[None]()
     _forks.over.append(over)
     for portal in _running.copy():
-        while portal.alive and not portal.is_current:
+        standing = SimpleQueue[None]()
+        for _ in range(_ATTEMPTS):
             try:
-                portal.stand_still(over)
+                if portal.alive and not portal.is_current:
+                    portal.stand_still(standing, over)
                 break
             except BaseException as error:  # of a signal's handler: Python would swallow it, and fork at once
-                _forks.interrupted |= isinstance(error, KeyboardInterrupt)
+                held_back.append(error)
 
 
 def _after_fork() -> None:
     _forks.over.pop().put(None)
-    if _forks.interrupted:
-        _forks.interrupted = False
-        for portal in [*_running][:1]:
-            portal.post(_thread.interrupt_main)  # when the thread that forks has left this hook
+    for error, number in ((KeyboardInterrupt, signal.SIGINT), (SystemExit, signal.SIGTERM)):
+        if any(isinstance(raised, error) for raised in held_back):
+            again = threading.Timer(_SECONDS_TO_LEAVE_A_HOOK, _signal_again, (number,))
+            again.daemon = True
+            again.start()
+    held_back.clear()  # others are nobody's: torch, say, looks again whether a worker has died
+
+
+def _signal_again(number: int) -> None:
+    if callable(signal.getsignal(number)):  # it was its handler that raised
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _forget_in_child() -> None:
     global _guard
     _guard = threading.Lock()
     _running.clear()
-    _forks.over, _forks.interrupted = [], False
+    _forks.over.clear()
+    held_back.clear()
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forget_in_child)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -23,6 +24,7 @@ import pytest
 import asyncds.folder
 import asyncds.locks
 from asyncds.cache import INLINE_LIMIT, Cache
+from asyncds.clearing import _bytes
 from asyncds.entry import Entry, NewEntry, entry_key, object_id
 from asyncds.errors import CacheError
 from asyncds.fetcher import Fetcher
@@ -182,6 +184,49 @@ def test_folder_that_was_deleted_does_not_leave_its_locks_to_a_cache_that_is_ope
     child("spawn", expect_claimed, cache.directory.parent, object, False)
     assert second.claim(object)
     child("spawn", expect_claimed, cache.directory.parent, object, True)
+
+
+def expect_held(directory, tag):
+    assert Cache(directory)._folder.datasets.is_shared(_bytes(tag))
+
+
+def test_cache_of_a_deleted_folder_does_not_undo_what_the_next_one_holds(cache, child):
+    cache.hold("train")
+    shutil.rmtree(cache.directory)
+    second = Cache(cache.directory.parent)
+    second.hold("train")
+    cache.release("train")
+    child("spawn", expect_held, cache.directory.parent, "train")
+
+
+@pytest.mark.parametrize("error", [LookupError, KeyboardInterrupt, SystemExit])
+def test_lock_that_is_taken_as_a_signal_comes_is_not_waited_for_again(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    def release(lock):
+        while sys._current_frames()[main].f_code is not asyncds.folder._acquire.__code__:
+            os.sched_yield()
+        sys.setswitchinterval(5)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        lock.release()
+        sum(range(3_000_000))  # the interpreter's lock is kept, so that the other thread has its lock before it goes on
+
+    main = threading.main_thread().ident
+    interval, before = sys.getswitchinterval(), signal.signal(signal.SIGUSR2, fail)
+    monkeypatch.setattr(asyncds.folder, "held_back", [])
+    lock = threading.Lock()
+    lock.acquire()
+    try:
+        thread = threading.Thread(target=release, args=(lock,))
+        thread.start()
+        asyncds.folder._acquire(lock)
+    finally:
+        sys.setswitchinterval(interval)
+        signal.signal(signal.SIGUSR2, before)
+    thread.join()
+    assert lock.locked()
+    assert [type(raised) for raised in asyncds.folder.held_back] == [error]
 
 
 # writers that fail or stand still
@@ -864,9 +909,12 @@ def interrupted_fork(cache, child):
         assert writing.wait(20)
         cache._folder._writing = Interrupted(lock, go_on)
         try:
-            return child("fork", function, *arguments, wait=False)
+            process = child("fork", function, *arguments, wait=False)
+            with pytest.raises(KeyboardInterrupt):  # it comes when the process has forked
+                threading.Event().wait(20)
+            return process
         except KeyboardInterrupt:
-            return None  # who is interrupted need not fork
+            return None  # it came before that
         finally:
             go_on.set()
             thread.join(20)
