@@ -124,7 +124,7 @@ BROKEN = {
 }
 # A connection that ends before any answer is taken for one that was closed while it was idle: by the lean lane, and by
 # aiohttp, which asks once more by itself.
-REPEATED_UNSEEN = {("auto", "limit_data of requests"), ("full", "reset_peer")}
+REPEATED_UNSEEN = {("auto", "limit_data of requests"), ("full", "limit_data of requests"), ("full", "reset_peer")}
 
 
 def epoch(dataset: CachedS3MapDataset) -> list[bytes]:
