@@ -70,7 +70,7 @@ async def scripted(monkeypatch, tmp_path, **options):
 
 
 async def all_is_given_back(fetcher: Fetcher) -> bool:
-    """At once, or turns of the loop later: an object that took the full lane has a task, which ends after it is stored."""
+    """At once, or turns of the loop later: an object that took the full lane has a task, which ends after that."""
     until = time.monotonic() + 10
     while True:
         used = fetcher._slots._used, fetcher.downloader.memory._used, len(fetcher._flights), fetcher._unarrived
