@@ -478,27 +478,21 @@ class Source:
         return self._final_latencies if self._final_latencies is not None else self.counters.latencies()
 
     def close(self) -> None:
-        """Cancel what is under way, close connections and delete this run's files. Calling it again does nothing, but
-        for what an interrupt has left."""
-        if not self._closed:
-            self._steps = self._steps_to_close()
-            self._closed = True
-        self._steps.close()
-
-    def _steps_to_close(self) -> contextlib.ExitStack:
-        """The last one is taken first. Where one is interrupted, the others are taken all the same."""
-        steps = contextlib.ExitStack()
-        if os.getpid() == self.table.owner:
-            steps.callback(_remove, self._litter)
-        steps.callback(self.cache.close)
-        steps.callback(self._release)
-        steps.callback(self.early.renew)
-        steps.callback(self._keep_counts)
-        if self._threads is not None and self._threads[0] == os.getpid():
-            steps.callback(self._threads[1].shutdown)
-        if self._runtimes and self._runtimes[-1].pid == os.getpid():
-            steps.callback(self._runtimes[-1].close)
-        return steps
+        """Cancel what is under way, close connections and delete this run's files. Calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.ExitStack() as steps:  # the last one first; where one is interrupted, the others are taken
+            if os.getpid() == self.table.owner:
+                steps.callback(_remove, self._litter)
+            steps.callback(self.cache.close)
+            steps.callback(self._release)
+            steps.callback(self.early.renew)
+            steps.callback(self._keep_counts)
+            if self._threads is not None and self._threads[0] == os.getpid():
+                steps.callback(self._threads[1].shutdown)
+            if self._runtimes and self._runtimes[-1].pid == os.getpid():
+                steps.callback(self._runtimes[-1].close)
 
     def _keep_counts(self) -> None:
         self._final, self._final_latencies = self.counters.total(), self.counters.latencies()

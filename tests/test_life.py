@@ -524,7 +524,6 @@ def test_close_that_is_interrupted_leaves_nothing_all_the_same(bucket, monkeypat
     monkeypatch.setattr(fetcher.Fetcher, "aclose", interrupted)
     with pytest.raises(KeyboardInterrupt):
         both.close()
-    both.close()  # what an interrupt at the wrong moment may have left
     assert our_threads() == []
     assert not any(path.exists() for path in litter)
     with pytest.raises(DatasetClosed):
